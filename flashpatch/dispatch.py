@@ -1,0 +1,93 @@
+"""Which engine serves a call of a patched module, or why the original attention does.
+
+The only place where a fallback is decided. Everything is decided from metadata (shapes, dtypes,
+devices, options), never from data, so that compile, graphs and checkpoint recompute agree.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from flashpatch_kernels.engines import Call, Reason, choose
+from flashpatch_kernels.op import run
+from flashpatch_kernels.options import Options
+from torch import Tensor
+
+T = TypeVar("T")
+OnFallback = Callable[[Reason], object]
+
+SKIPPED = Reason("SKIPPED", "left alone by `only` or `skip`")
+OUTPUT_ATTENTIONS = Reason(
+    "OUTPUT_ATTENTIONS", "attention weights were asked for, which only the original computes"
+)
+HEAD_MASK = Reason("HEAD_MASK", "a head mask was passed, which only the original applies")
+
+
+def unknown_argument(name: str) -> Reason:
+    """The reason of a call that carries an argument which might change its result."""
+    return Reason("UNKNOWN_ARGUMENT", f"the model passed `{name}`, which flashpatch does not know")
+
+
+_LOG = logging.getLogger("flashpatch")
+
+
+@cache
+def log_once(reason: Reason) -> None:
+    """The default `on_fallback`: one warning per reason and process."""
+    _LOG.warning("a call fell back to the original attention: %s [%s]", reason.text, reason.name)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `apply` decided for one attention module.
+
+    Attributes:
+        active: False for a module that `only` or `skip` leaves alone.
+        original: Name of the attention that the module used before, e.g. "sdpa".
+        on_fallback: Called with the reason of each call that runs the original attention.
+        packing: "position_ids" separates packed documents wherever position ids restart.
+    """
+
+    active: bool = True
+    original: str = "sdpa"
+    on_fallback: OnFallback = log_once
+    packing: str | None = None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    settings: Settings,
+    fallback: Callable[[], T],
+    blocked: Reason | None = None,
+) -> Tensor | T:
+    """Runs the call on the engine of choice, or `fallback()` after telling `on_fallback` why.
+
+    Args:
+        q: [B, H, N, D]; k: [B, H_kv, M, D]; v: [B, H_kv, M, Dv].
+        options: The rest of the call.
+        settings: Those of the module that makes the call.
+        fallback: Runs the original attention.
+        blocked: A reason known to the caller, e.g. that attention weights were asked for.
+
+    Returns:
+        The engine's output [B, H, N, Dv], or whatever `fallback` returned.
+    """
+    chosen: Any = blocked or choose(Call.of(q, k, v, options))
+    if isinstance(chosen, Reason):
+        # a skipped module is the user's wish, not a fallback; a callback would break the graph
+        if chosen is not SKIPPED and not torch.compiler.is_compiling():
+            settings.on_fallback(chosen)
+        return fallback()
+    out, _ = run(q, k, v, options, chosen.name)
+    return out
+
+
+def dropout_seed(p: float, device: torch.device) -> Tensor | None:
+    """A seed drawn from torch's generator, which checkpointing replays: int64 [1]; None for p = 0."""
+    return torch.randint(2**62, (1,), device=device) if p > 0 else None

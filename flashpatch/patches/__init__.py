@@ -1,0 +1,6 @@
+"""The ways models call attention, a file each; importing this package fills the registry."""
+
+from importlib import import_module
+
+for _room in ("interface",):
+    import_module(f"{__name__}.{_room}")

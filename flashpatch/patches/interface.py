@@ -1,0 +1,302 @@
+"""Classes that call attention through transformers' attention interface, and what answers there.
+
+Such a class asks the interface for the function named by its config: `fn(module, query, key, value,
+attention_mask, **kwargs)`. `apply` gives the config the key `fpatch`; both the attention function
+and the mask function under that key are here registered. The key contains none of the words
+("flash", "sdpa", ...) that transformers tests names for.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from flashpatch_kernels import masks
+from flashpatch_kernels.engines import Reason
+from flashpatch_kernels.masks import Band, Mask
+from flashpatch_kernels.options import Options
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from flashpatch.dispatch import (
+    HEAD_MASK,
+    OUTPUT_ATTENTIONS,
+    SKIPPED,
+    Settings,
+    attend,
+    dropout_seed,
+    unknown_argument,
+)
+from flashpatch.masks import expand, fpatch_mask, separate, unpack
+from flashpatch.registry import Patch, register
+
+KEY = "fpatch"
+
+CLASSES = (
+    "albert.modeling_albert.AlbertAttention",
+    "bart.modeling_bart.BartAttention",
+    "bert.modeling_bert.BertCrossAttention",
+    "bert.modeling_bert.BertSelfAttention",
+    "clip.modeling_clip.CLIPAttention",
+    "distilbert.modeling_distilbert.DistilBertSelfAttention",
+    "electra.modeling_electra.ElectraCrossAttention",
+    "electra.modeling_electra.ElectraSelfAttention",
+    "gemma2.modeling_gemma2.Gemma2Attention",
+    "gemma3.modeling_gemma3.Gemma3Attention",
+    "gpt2.modeling_gpt2.GPT2Attention",
+    "gpt_neox.modeling_gpt_neox.GPTNeoXAttention",
+    "gpt_oss.modeling_gpt_oss.GptOssAttention",
+    "llama.modeling_llama.LlamaAttention",
+    "mistral.modeling_mistral.MistralAttention",
+    "modernbert.modeling_modernbert.ModernBertAttention",
+    "opt.modeling_opt.OPTAttention",
+    "phi3.modeling_phi3.Phi3Attention",
+    "qwen2.modeling_qwen2.Qwen2Attention",
+    "qwen3.modeling_qwen3.Qwen3Attention",
+    "roberta.modeling_roberta.RobertaCrossAttention",
+    "roberta.modeling_roberta.RobertaSelfAttention",
+    "siglip.modeling_siglip.SiglipAttention",
+    "vit.modeling_vit.ViTAttention",
+    "vit.modeling_vit.ViTSelfAttention",
+    "whisper.modeling_whisper.WhisperAttention",
+)
+
+# Arguments that models pass on and that change nothing, given the mask.
+HARMLESS = frozenset(
+    (
+        "cu_seq_lens_k",
+        "deterministic",
+        "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "seq_idx",
+        "sliding_window",
+        "use_cache",
+    )
+)
+
+
+def fpatch_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function under the key `fpatch`.
+
+    Args:
+        module: The attention module, patched or built with `attn_implementation="fpatch"`.
+        query: [B, H, N, D]; key: [B, H_kv, M, D]; value: [B, H_kv, M, Dv].
+        attention_mask: As `fpatch_mask` makes it (int32), or a 4-D boolean or additive mask.
+        kwargs: `scaling`, `dropout`, `is_causal`, `position_bias`, `softcap`, `s_aux`,
+            `position_ids`, `cu_seq_lens_q` and what else the model passes.
+
+    Returns:
+        The output [B, N, H, Dv], and the attention weights where the original computes them.
+    """
+    settings: Settings = getattr(module, "_flashpatch", Settings())
+    causal = is_causal(module, query, attention_mask, kwargs.get("is_causal"))
+
+    def original() -> tuple[Tensor, Tensor | None]:
+        return run_original(
+            module, query, key, value, attention_mask, causal, settings.original, kwargs
+        )
+
+    blocked = why_blocked(module, settings, kwargs)
+    if blocked is not None:
+        return attend(query, key, value, Options(), settings, original, blocked)
+
+    q, k, v, options = read_call(query, key, value, attention_mask, causal, settings, kwargs)
+    out = attend(q, k, v, options, settings, original)
+    return out if isinstance(out, tuple) else (out.transpose(1, 2), None)
+
+
+def is_causal(
+    module: nn.Module, query: Tensor, attention_mask: Tensor | None, stated: bool | None
+) -> bool:
+    """Whether the call is causal without a mask saying so.
+
+    Source: transformers, `sdpa_attention_forward`: the argument, else the module, else True; never
+    beside a mask or for a single query.
+    """
+    causal = getattr(module, "is_causal", True) if stated is None else stated
+    return bool(causal) and attention_mask is None and query.shape[2] > 1
+
+
+def why_blocked(module: nn.Module, settings: Settings, kwargs: dict[str, Any]) -> Reason | None:
+    """The reason to run the original attention that is known before the call is read."""
+    if not settings.active:
+        return SKIPPED
+    if kwargs.get("output_attentions") or collects_attentions():
+        return OUTPUT_ATTENTIONS
+    if kwargs.get("head_mask") is not None or kwargs.get("layer_head_mask") is not None:
+        return HEAD_MASK
+    for name, value in kwargs.items():
+        if name not in HARMLESS and name not in READ and value is not None:
+            return unknown_argument(name)
+    return None
+
+
+READ = frozenset(
+    (
+        "cu_seq_lens_q",
+        "dropout",
+        "head_mask",
+        "is_causal",
+        "layer_head_mask",
+        "output_attentions",
+        "position_bias",
+        "position_ids",
+        "s_aux",
+        "scaling",
+        "softcap",
+    )
+)
+
+
+def collects_attentions() -> bool:
+    """Whether a model up the stack records attention weights through its output hooks."""
+    collector = _COLLECTOR.get() if _COLLECTOR is not None else None
+    return collector is not None and any("attentions" in name for name in collector)
+
+
+def _output_collector() -> Any:
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    return getattr(capturing, "_active_collector", None)
+
+
+_COLLECTOR = _output_collector()
+
+
+def read_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None,
+    causal: bool,
+    settings: Settings,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor, Options]:
+    """The call in flashpatch's terms."""
+    n, m = q.shape[2], k.shape[2]
+    position_bias = kwargs.get("position_bias")
+    if causal and m > n:
+        # an empty StaticCache: the keys beyond the queries are unwritten (upper-left alignment)
+        k, v, m = k[:, :, :n], v[:, :, :n], n
+        position_bias = crop(position_bias, n)
+    mask: Mask = Band(right=0) if causal else Band()
+    bias = None
+    if attention_mask is not None and attention_mask.is_floating_point():
+        bias = attention_mask[..., :m]
+    elif attention_mask is not None:
+        mask = unpack(attention_mask, n, m)
+    mask = keep_documents_apart(mask, settings, kwargs, n, m)
+    table = None
+    if position_bias is not None and not is_constant(position_bias):
+        if is_table(position_bias, n, m):
+            table = position_bias[0, :, 0]
+        else:
+            bias = position_bias if bias is None else bias + position_bias
+    scale, dropout = kwargs.get("scaling"), kwargs.get("dropout") or 0.0
+    options = Options(
+        mask=mask,
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        softcap=kwargs.get("softcap"),
+        table=table,
+        bias=bias,
+        sinks=kwargs.get("s_aux"),
+        dropout=dropout,
+        seed=dropout_seed(dropout, q.device),
+    )
+    return q, k, v, options
+
+
+def keep_documents_apart(
+    mask: Mask, settings: Settings, kwargs: dict[str, Any], n: int, m: int
+) -> Mask:
+    """The mask within packed documents, where the call says which they are."""
+    cumulative, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    if n != m:
+        return mask
+    if cumulative is not None:
+        return masks.intersect(mask, masks.cu_seqlens(cumulative, n), n, m, cumulative.device)
+    if settings.packing == "position_ids" and position_ids is not None:
+        return separate(mask, position_ids, n, m)
+    return mask
+
+
+def is_constant(position_bias: Tensor) -> bool:
+    """A bias that is one number changes no softmax: what patched cross-attention layers pass."""
+    return position_bias.numel() == 1
+
+
+def is_table(position_bias: Tensor, n: int, m: int) -> bool:
+    """Whether a position bias is the compact [1, H, 1, N + M - 1] instead of [1, H, N, M]."""
+    return position_bias.shape[0] == 1 and position_bias.shape[2:] == (1, n + m - 1)
+
+
+def crop(position_bias: Tensor | None, n: int) -> Tensor | None:
+    """The position bias of the first n keys."""
+    if position_bias is None or is_constant(position_bias):
+        return position_bias
+    last = 2 * n - 1 if position_bias.shape[2] == 1 else n
+    return position_bias[..., :last]
+
+
+def dense_position_bias(position_bias: Tensor, n: int, m: int) -> Tensor:
+    """The position bias as the original attention expects it: [1, H, N, M]."""
+    if is_constant(position_bias):
+        return position_bias.expand(1, 1, n, m)
+    if n == 1 or not is_table(position_bias, n, m):
+        return position_bias
+    i = torch.arange(n, device=position_bias.device)[:, None]
+    j = torch.arange(m, device=position_bias.device)
+    return position_bias[:, :, 0, j - i + (n - 1)]
+
+
+def run_original(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    causal: bool,
+    original: str,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """The attention that the module would have run unpatched, on the mask it would have had."""
+    n, m = query.shape[2], key.shape[2]
+    weights = kwargs.get("output_attentions") or collects_attentions()
+    eager = weights or original not in ALL_ATTENTION_FUNCTIONS or original == KEY
+    if kwargs.get("position_bias") is not None:
+        kwargs = {**kwargs, "position_bias": dense_position_bias(kwargs["position_bias"], n, m)}
+    mask = expand(attention_mask, n, m, query, causal=causal, additive=eager)
+    function = eager_attention(module) if eager else ALL_ATTENTION_FUNCTIONS[original]
+    return function(module, query, key, value, mask, **kwargs)
+
+
+def eager_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """`eager_attention_forward` of the file that defines the module's class."""
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise TypeError(f"{type(module).__name__} has no eager attention to fall back to")
+
+
+def activate() -> None:
+    """Registers the two functions under `fpatch`, for all models of this process that ask for it."""
+    AttentionInterface.register(KEY, fpatch_attention)
+    AttentionMaskInterface.register(KEY, fpatch_mask)
+
+
+for _name in CLASSES:
+    register(Patch(f"transformers.models.{_name}"))
+activate()

@@ -1,0 +1,306 @@
+"""How a model is patched and restored: attribute by attribute, exactly, on this model alone.
+
+What was changed is recorded on each module while it is changed, so that undoing cannot differ from
+doing, and a copied or pickled model carries its own record.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from flashpatch_kernels.engines import Reason
+from torch import nn
+
+import flashpatch.patches  # noqa: F401  (fills the registry)
+from flashpatch.configs import ConfigCopy, config_of, copy_configs, implementation
+from flashpatch.dispatch import OnFallback, Settings, log_once
+from flashpatch.inspection import own_attention
+from flashpatch.patches.interface import KEY
+from flashpatch.registry import KEEP, Patch, find
+from flashpatch.report import Report, Row, describe
+
+Patterns = str | Sequence[str] | None
+
+_SETTINGS = "_flashpatch"
+_RECORD = "_flashpatch_record"
+_WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+class _Missing:
+    """Stands for an attribute that the instance did not have; equal to itself after a copy."""
+
+
+@dataclass(frozen=True)
+class Undo:
+    """One changed attribute of one module.
+
+    Attributes:
+        attribute: Its name.
+        previous: The entry of the instance's `__dict__`, or `_Missing` if it had none.
+        placed: What was put there.
+    """
+
+    attribute: str
+    previous: Any
+    placed: Any
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `apply` changed on one module, in order."""
+
+    undos: tuple[Undo, ...] = ()
+    config: ConfigCopy | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """One attention module that has a patch."""
+
+    name: str
+    module: nn.Module
+    patch: Patch
+    active: bool
+
+
+def apply(
+    model: nn.Module,
+    *,
+    only: Patterns = None,
+    skip: Patterns = None,
+    on_fallback: OnFallback = log_once,
+    packing: str | None = None,
+) -> Report:
+    """Lets flashpatch serve the attention of every module of this model that has a patch.
+
+    In place, and on this model only: its class and other models, even those built from the same
+    config object, stay as they are. Parameters, hooks and `state_dict` are untouched. Applying again
+    replaces the settings of the last time.
+
+    Args:
+        model: Any module that contains transformers models: a `PreTrainedModel`, a
+            `SentenceTransformer`, a PEFT, compiled or DDP wrapper, ...
+        only: Patterns (`fnmatch`) of the names of the attention modules to serve, e.g. "encoder.*".
+            Names are those of `model.named_modules()`, with or without the wrappers' prefixes.
+        skip: Patterns of the modules to leave alone. A module left alone runs what it ran before.
+        on_fallback: Called with the `Reason` of each call that an engine cannot serve. Pass a
+            function that raises to forbid fallbacks, or one that counts to count them. Not called
+            while `torch.compile` traces.
+        packing: None keeps the model's own answer for packed documents. "position_ids" separates
+            documents wherever position ids restart, also where transformers itself lets them leak
+            into each other: beside a mask of ones, with `use_cache`, in batches.
+
+    Returns:
+        What runs where, and why.
+
+    Raises:
+        TypeError: `model` is no module, or `on_fallback` cannot be called.
+        ValueError: A pattern matches no attention module; `packing` is unknown.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"apply takes a torch.nn.Module, not {type(model).__name__}")
+    if not callable(on_fallback):
+        raise TypeError(f"on_fallback must be a function of a Reason, not {on_fallback!r}")
+    if packing not in (None, "position_ids"):
+        raise ValueError(f'packing must be None or "position_ids", not {packing!r}')
+    found = _find(model, _patterns("only", only), _patterns("skip", skip))
+    blocked = _config_reasons(model, found)
+    kept = [f for f in found if id(config_of(f.module)) not in blocked]
+    _copy_and_hold_configs(model, kept)
+    for f in kept:
+        _swap(f)
+        original = _original(f.module)
+        vars(f.module)[_SETTINGS] = Settings(f.active, original, on_fallback, packing)
+    return _report(model, found, kept, blocked)
+
+
+def revert(model: nn.Module) -> None:
+    """Restores every attribute that `apply` changed, by identity. Harmless if not applied.
+
+    What was set on the model's config while it was patched is carried over.
+    """
+    copies: dict[int, ConfigCopy] = {}
+    for module in model.modules():
+        own = vars(module)
+        own.pop(_SETTINGS, None)
+        record: Record | None = own.pop(_RECORD, None)
+        if record is None:
+            continue
+        for undo in reversed(record.undos):
+            _undo(module, undo)
+        if record.config is not None:
+            copies[id(record.config.stand_in)] = record.config
+    for config in copies.values():
+        config.hand_back()
+
+
+@contextmanager
+def applied(
+    model: nn.Module,
+    *,
+    only: Patterns = None,
+    skip: Patterns = None,
+    on_fallback: OnFallback = log_once,
+    packing: str | None = None,
+) -> Iterator[Report]:
+    """`apply` for the length of a `with` block, `revert` at its end, whatever happens inside."""
+    try:
+        yield apply(model, only=only, skip=skip, on_fallback=on_fallback, packing=packing)
+    finally:
+        revert(model)
+
+
+def _patterns(argument: str, patterns: Patterns) -> tuple[str, ...] | None:
+    if patterns is None:
+        return None
+    given = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in given:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{argument} takes module-name patterns, not {pattern!r}")
+    return given
+
+
+def _names(name: str) -> tuple[str, ...]:
+    """The module's name, and as it was before a wrapper prefixed it."""
+    bare = name
+    for wrapper in _WRAPPERS:
+        bare = bare.replace(wrapper, "")
+    bare = bare.removeprefix("base_model.model.")
+    return name, bare
+
+
+def _find(
+    model: nn.Module, only: tuple[str, ...] | None, skip: tuple[str, ...] | None
+) -> list[Found]:
+    modules = [(n, m, p) for n, m in model.named_modules() if (p := find(type(m))) is not None]
+    unused = {*(only or ()), *(skip or ())}
+
+    def matches(name: str, patterns: tuple[str, ...] | None) -> bool:
+        hits = {p for p in patterns or () if any(fnmatchcase(n, p) for n in _names(name))}
+        unused.difference_update(hits)
+        return bool(hits)
+
+    found = []
+    for name, module, patch in modules:
+        wanted = only is None or matches(name, only)
+        skipped = matches(name, skip)
+        found.append(Found(name, module, patch, wanted and not skipped))
+    if unused:
+        names = ", ".join(repr(n) for n, _, _ in modules[:3]) or "none"
+        raise ValueError(
+            f"the pattern {min(unused)!r} matches no patched attention module; there are "
+            f"{len(modules)} of them: {names}{', ...' if len(modules) > 3 else ''}"
+        )
+    return found
+
+
+def _config_reasons(model: nn.Module, found: Iterable[Found]) -> dict[int, Reason]:
+    """Configs that must not get the key, because an attention class without a patch reads them."""
+    keyed = {id(config_of(f.module)) for f in found if f.patch.keyed}
+    reasons = {}
+    for module in model.modules():
+        config = config_of(module)
+        if id(config) in keyed and find(type(module)) is None and own_attention(type(module)):
+            name = type(module).__name__
+            reasons[id(config)] = Reason(
+                "SHARED_MASKS", f"the model shares its masks with {name}, which has no patch"
+            )
+    return reasons
+
+
+def _copy_and_hold_configs(model: nn.Module, kept: Iterable[Found]) -> None:
+    keyed = {
+        id(c): c
+        for f in kept
+        if f.patch.keyed and (c := config_of(f.module)) is not None and _unpatched(f.module)
+    }
+    copies = copy_configs(model, keyed.values(), KEY) if keyed else {}
+    for module in model.modules():
+        config = copies.get(id(config_of(module)))
+        if config is not None:
+            _place(module, "config", config.stand_in)
+            record = vars(module)[_RECORD]
+            vars(module)[_RECORD] = replace(record, config=config)
+
+
+def _unpatched(module: nn.Module) -> bool:
+    return implementation(config_of(module)) != KEY
+
+
+def _original(module: nn.Module) -> str:
+    """The attention that the module's own config names."""
+    record: Record | None = vars(module).get(_RECORD)
+    config = record.config.original if record and record.config else config_of(module)
+    return implementation(config)
+
+
+def _swap(found: Found) -> None:
+    record: Record = vars(found.module).get(_RECORD, Record())
+    done = {undo.attribute for undo in record.undos}
+    for attribute, swap in found.patch.swaps.items():
+        value = KEEP if _slot(found.module, attribute) in done else swap(found.module)
+        if value is not KEEP:
+            _place(found.module, _slot(found.module, attribute), value)
+
+
+def _slot(module: nn.Module, attribute: str) -> str:
+    """Where an attribute is to be replaced: accelerate's hooks call what they keep aside."""
+    hooked = attribute == "forward" and "_old_forward" in vars(module)
+    return "_old_forward" if hooked else attribute
+
+
+def _place(module: nn.Module, attribute: str, value: Any) -> None:
+    own = vars(module)
+    record: Record = own.get(_RECORD, Record())
+    undo = Undo(attribute, own.get(attribute, _Missing), value)
+    own[_RECORD] = replace(record, undos=(*record.undos, undo))
+    own[attribute] = value
+
+
+def _undo(module: nn.Module, undo: Undo) -> None:
+    """Puts one attribute back, wherever a hook has moved it meanwhile."""
+    own = vars(module)
+    for slot in (undo.attribute, *_ASIDE.get(undo.attribute, ())):
+        if own.get(slot, _Missing) is undo.placed:
+            if undo.previous is not _Missing:
+                own[slot] = undo.previous
+            elif slot == undo.attribute:
+                del own[slot]
+            else:  # the hook's own copy: give it what it would have found
+                own[slot] = getattr(type(module), undo.attribute).__get__(module)
+
+
+_ASIDE = {"forward": ("_old_forward",), "_old_forward": ("forward",)}
+
+
+def _report(
+    model: nn.Module, found: Sequence[Found], kept: Sequence[Found], blocked: dict[int, Reason]
+) -> Report:
+    served = {id(f.module) for f in kept}
+    rows = []
+    for f in found:
+        if id(f.module) not in served:
+            outcome: Any = blocked[id(config_of(f.module))]
+        else:
+            outcome = describe(f.module, f.active)
+        rows.append(Row(f.name, type(f.module).__name__, outcome))
+    for name, module in model.named_modules():
+        if find(type(module)) is None and own_attention(type(module)):
+            rows.append(Row(name, type(module).__name__, NO_PATCH))
+    return Report.of(rows)
+
+
+NO_PATCH = Reason("NO_PATCH", "no patch for this class")
+
+
+def patched_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that flashpatch serves now."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if getattr(vars(module).get(_SETTINGS), "active", False)
+    ]
+
+

@@ -1,0 +1,123 @@
+"""What `apply` did, told per group of modules: who serves it, or why it is left."""
+
+import html
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from flashpatch_kernels.engines import Call, Engine, Reason, choose
+from torch import nn
+
+from flashpatch.dispatch import SKIPPED
+
+
+@dataclass(frozen=True)
+class Served:
+    """The engines that the calls of a module will run on, as far as can be told without a call.
+
+    Attributes:
+        plain: Name of the engine for a long batch without padding.
+        padded: Name of the engine for the same batch with padding.
+    """
+
+    plain: str
+    padded: str
+
+    def __str__(self) -> str:
+        same = self.plain == self.padded
+        return self.plain if same else f"{self.plain} (padded: {self.padded})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attention module, or with `count` a group of them that differ in their numbers only."""
+
+    pattern: str
+    class_name: str
+    outcome: Served | Reason
+    count: int = 1
+
+    @property
+    def verdict(self) -> str:
+        """The last column."""
+        served = isinstance(self.outcome, Served)
+        return f"runs on {self.outcome}" if served else f"left: {self.outcome.text}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `apply` found in a model; prints as a table.
+
+    Attributes:
+        rows: One for each group of alike modules: pattern, class, engine or reason, count.
+    """
+
+    rows: tuple[Row, ...]
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> "Report":
+        """Groups rows whose names differ only in their numbers."""
+        groups: dict[Row, int] = {}
+        for row in rows:
+            pattern = re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", row.pattern)
+            group = Row(pattern or "(the model itself)", row.class_name, row.outcome)
+            groups[group] = groups.get(group, 0) + row.count
+        return cls(tuple(Row(g.pattern, g.class_name, g.outcome, n) for g, n in groups.items()))
+
+    @property
+    def served(self) -> int:
+        """How many attention modules flashpatch serves."""
+        return sum(row.count for row in self.rows if isinstance(row.outcome, Served))
+
+    @property
+    def total(self) -> int:
+        """How many attention modules there are."""
+        return sum(row.count for row in self.rows)
+
+    @property
+    def reasons(self) -> dict[str, Reason]:
+        """Pattern -> reason, of the modules that are left."""
+        return {r.pattern: r.outcome for r in self.rows if isinstance(r.outcome, Reason)}
+
+    def _headline(self) -> str:
+        if not self.rows:
+            return "flashpatch: no attention modules found"
+        return f"flashpatch serves {self.served} of {self.total} attention modules"
+
+    def __str__(self) -> str:
+        cells = [(r.pattern, r.class_name, f"x{r.count}", r.verdict) for r in self.rows]
+        widths = [max((len(c[i]) for c in cells), default=0) for i in range(3)]
+        lines = ("  ".join([*map(str.ljust, c, widths), c[3]]) for c in cells)
+        return "\n".join([self._headline(), *(f"  {line}" for line in lines)])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{h}</th>" for h in ("modules", "class", "count", ""))
+        body = "".join(
+            f"<tr><td><code>{html.escape(r.pattern)}</code></td>"
+            f"<td>{html.escape(r.class_name)}</td><td>{r.count}</td>"
+            f"<td>{html.escape(r.verdict)}</td></tr>"
+            for r in self.rows
+        )
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return f"<p><b>{html.escape(self._headline())}</b></p>{table if self.rows else ''}"
+
+
+_HEAD_SIZE = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+_LENGTH = 4096
+
+
+def describe(module: nn.Module, active: bool) -> Served | Reason:
+    """What will serve the module's calls: a prediction from its attributes and first parameter."""
+    if not active:
+        return SKIPPED
+    plain, padded = (choose(_nominal_call(module, padded)) for padded in (False, True))
+    if isinstance(plain, Engine) and isinstance(padded, Engine):
+        return Served(plain.name, padded.name)
+    return plain if isinstance(plain, Reason) else padded
+
+
+def _nominal_call(module: nn.Module, padded: bool) -> Any:
+    raise NotImplementedError
