@@ -29,7 +29,7 @@ class ConfigCopy:
     before: dict[str, Any]
 
     def hand_back(self) -> None:
-        """Carries over to the original what was set on the stand-in meanwhile (`use_cache`, ...)."""
+        """Carries over to the original what was set meanwhile (`use_cache`, ...)."""
         now = vars(self.stand_in)
         for name, value in now.items():
             if name != _IMPLEMENTATION and (

@@ -8,10 +8,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from flashpatch_kernels.engines import Call, Reason, choose
+from flashpatch_kernels.engines import TILED, Call, Engine, Reason, choose, why_not
 from flashpatch_kernels.op import run
 from flashpatch_kernels.options import Options
 from torch import Tensor
@@ -57,6 +57,11 @@ class Settings:
     packing: str | None = None
 
 
+def decide(call: Call) -> Engine | Reason:
+    """The engine for a call, or why there is none: tiled takes all that any engine takes."""
+    return why_not(TILED, call) or choose(call)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -69,7 +74,9 @@ def attend(
     """Runs the call on the engine of choice, or `fallback()` after telling `on_fallback` why.
 
     Args:
-        q: [B, H, N, D]; k: [B, H_kv, M, D]; v: [B, H_kv, M, Dv].
+        q: [B, H, N, D].
+        k: [B, H_kv, M, D].
+        v: [B, H_kv, M, Dv].
         options: The rest of the call.
         settings: Those of the module that makes the call.
         fallback: Runs the original attention.
@@ -78,7 +85,7 @@ def attend(
     Returns:
         The engine's output [B, H, N, Dv], or whatever `fallback` returned.
     """
-    chosen: Any = blocked or choose(Call.of(q, k, v, options))
+    chosen = blocked or decide(Call.of(q, k, v, options))
     if isinstance(chosen, Reason):
         # a skipped module is the user's wish, not a fallback; a callback would break the graph
         if chosen is not SKIPPED and not torch.compiler.is_compiling():
@@ -89,5 +96,5 @@ def attend(
 
 
 def dropout_seed(p: float, device: torch.device) -> Tensor | None:
-    """A seed drawn from torch's generator, which checkpointing replays: int64 [1]; None for p = 0."""
+    """A seed from torch's generator, which checkpointing replays: int64 [1], None for p = 0."""
     return torch.randint(2**62, (1,), device=device) if p > 0 else None

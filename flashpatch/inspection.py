@@ -11,8 +11,10 @@ _PRODUCT = re.compile(r"matmul\(|bmm\(|einsum\(|@ |scaled_dot_product_attention\
 
 @cache
 def own_attention(cls: type) -> bool:
-    """Whether the class (not its submodules) calls an attention function or computes a softmax of
-    products. Containers, routers and poolers do neither."""
+    """Whether the class itself calls an attention function or computes a softmax of products.
+
+    Containers, routers and poolers do neither.
+    """
     if cls.__module__.startswith("torch."):
         return cls.__name__ == "MultiheadAttention"
     if not cls.__module__.startswith("transformers.models.") and "Attention" not in cls.__name__:

@@ -4,7 +4,7 @@ What was changed is recorded on each module while it is changed, so that undoing
 doing, and a copied or pickled model carries its own record.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -17,6 +17,7 @@ import flashpatch.patches  # noqa: F401  (fills the registry)
 from flashpatch.configs import ConfigCopy, config_of, copy_configs, implementation
 from flashpatch.dispatch import OnFallback, Settings, log_once
 from flashpatch.inspection import own_attention
+from flashpatch.packing import unwatch, watch
 from flashpatch.patches.interface import KEY
 from flashpatch.registry import KEEP, Patch, find
 from flashpatch.report import Report, Row, describe
@@ -76,7 +77,7 @@ def apply(
     """Lets flashpatch serve the attention of every module of this model that has a patch.
 
     In place, and on this model only: its class and other models, even those built from the same
-    config object, stay as they are. Parameters, hooks and `state_dict` are untouched. Applying again
+    config object, stay as they are. Parameters and `state_dict` are untouched. Applying again
     replaces the settings of the last time.
 
     Args:
@@ -113,6 +114,10 @@ def apply(
         _swap(f)
         original = _original(f.module)
         vars(f.module)[_SETTINGS] = Settings(f.active, original, on_fallback, packing)
+    for outermost in _models(model):
+        unwatch(outermost)
+        if packing is None and any(_is_causal(f) for f in kept):
+            watch(outermost)
     return _report(model, found, kept, blocked)
 
 
@@ -134,6 +139,8 @@ def revert(model: nn.Module) -> None:
             copies[id(record.config.stand_in)] = record.config
     for config in copies.values():
         config.hand_back()
+    for outermost in _models(model):
+        unwatch(outermost)
 
 
 @contextmanager
@@ -145,11 +152,18 @@ def applied(
     on_fallback: OnFallback = log_once,
     packing: str | None = None,
 ) -> Iterator[Report]:
-    """`apply` for the length of a `with` block, `revert` at its end, whatever happens inside."""
+    """`apply` for the length of a `with` block; at its end the model is as it was before.
+
+    That is unpatched, or patched with the settings it had.
+    """
+    before = {m: vars(m)[_SETTINGS] for m in model.modules() if _SETTINGS in vars(m)}
     try:
         yield apply(model, only=only, skip=skip, on_fallback=on_fallback, packing=packing)
     finally:
-        revert(model)
+        if not before:
+            revert(model)
+        for module, settings in before.items():
+            vars(module)[_SETTINGS] = settings
 
 
 def _patterns(argument: str, patterns: Patterns) -> tuple[str, ...] | None:
@@ -160,6 +174,19 @@ def _patterns(argument: str, patterns: Patterns) -> tuple[str, ...] | None:
         if not isinstance(pattern, str):
             raise TypeError(f"{argument} takes module-name patterns, not {pattern!r}")
     return given
+
+
+def _models(model: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules that hold a config: the transformers models within a wrapper."""
+    if config_of(model) is not None:
+        yield model
+        return
+    for child in model.children():
+        yield from _models(child)
+
+
+def _is_causal(found: Found) -> bool:
+    return found.active and bool(getattr(found.module, "is_causal", False))
 
 
 def _names(name: str) -> tuple[str, ...]:
@@ -302,5 +329,3 @@ def patched_modules(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if getattr(vars(module).get(_SETTINGS), "active", False)
     ]
-
-

@@ -21,7 +21,7 @@ class Patch:
     """What `apply` changes on every instance of one attention class.
 
     Attributes:
-        owner: Full name of the class, e.g. `transformers.models.llama.modeling_llama.LlamaAttention`.
+        owner: Full name of the class, `module.Class`.
         keyed: Whether the module's config gets the attention key `fpatch`, so that the class calls
             flashpatch through transformers' attention interface, or its model at least builds
             compact masks.

@@ -2,14 +2,15 @@
 
 import html
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from flashpatch_kernels.engines import Call, Engine, Reason, choose
+import torch
+from flashpatch_kernels.engines import Call, Reason
+from flashpatch_kernels.masks import Band, Intervals
 from torch import nn
 
-from flashpatch.dispatch import SKIPPED
+from flashpatch.dispatch import SKIPPED, decide
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,46 @@ class Report:
 _HEAD_SIZE = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _LENGTH = 4096
 
+# Terms of a call that can be told from its module: (field of Call, predicate over the module).
+_TERMS: tuple[tuple[str, Callable[[nn.Module], bool]], ...] = (
+    ("softcap", lambda m: getattr(m, "attn_logit_softcapping", None) is not None),
+    ("sinks", lambda m: "sinks" in dict(m.named_parameters(recurse=False))),
+    ("table", lambda m: hasattr(m, "relative_attention_num_buckets") and not crosses(m)),
+)
+
+
+def crosses(module: nn.Module) -> bool:
+    """Whether a T5-like module is cross-attention, which has no position bias."""
+    return getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
+
 
 def describe(module: nn.Module, active: bool) -> Served | Reason:
     """What will serve the module's calls: a prediction from its attributes and first parameter."""
     if not active:
         return SKIPPED
-    plain, padded = (choose(_nominal_call(module, padded)) for padded in (False, True))
-    if isinstance(plain, Engine) and isinstance(padded, Engine):
-        return Served(plain.name, padded.name)
-    return plain if isinstance(plain, Reason) else padded
+    plain, padded = (decide(_nominal_call(module, padded)) for padded in (False, True))
+    if isinstance(plain, Reason) or isinstance(padded, Reason):
+        return plain if isinstance(plain, Reason) else padded
+    return Served(plain.name, padded.name)
 
 
-def _nominal_call(module: nn.Module, padded: bool) -> Any:
-    raise NotImplementedError
+def _nominal_call(module: nn.Module, padded: bool) -> Call:
+    """A long training call of this module, with or without padded keys."""
+    parameter = next(module.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    size = next((s for n in _HEAD_SIZE if isinstance(s := getattr(module, n, None), int)), 64)
+    causal = bool(getattr(module, "is_causal", False))
+    return Call(
+        device=device.type,
+        dtype=dtype if dtype.is_floating_point else torch.float32,
+        n_queries=_LENGTH,
+        n_keys=_LENGTH,
+        head_size=size,
+        value_size=size,
+        mask=Intervals if padded else Band,
+        band=None if padded else Band(right=0 if causal else None),
+        one_row=not causal,
+        needs_grad=module.training,
+        **{term: has(module) for term, has in _TERMS},
+    )

@@ -93,7 +93,9 @@ def fpatch_attention(
 
     Args:
         module: The attention module, patched or built with `attn_implementation="fpatch"`.
-        query: [B, H, N, D]; key: [B, H_kv, M, D]; value: [B, H_kv, M, Dv].
+        query: [B, H, N, D].
+        key: [B, H_kv, M, D].
+        value: [B, H_kv, M, Dv].
         attention_mask: As `fpatch_mask` makes it (int32), or a 4-D boolean or additive mask.
         kwargs: `scaling`, `dropout`, `is_causal`, `position_bias`, `softcap`, `s_aux`,
             `position_ids`, `cu_seq_lens_q` and what else the model passes.
@@ -292,7 +294,7 @@ def eager_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | N
 
 
 def activate() -> None:
-    """Registers the two functions under `fpatch`, for all models of this process that ask for it."""
+    """Registers the two functions under `fpatch`, for the models whose config names it."""
     AttentionInterface.register(KEY, fpatch_attention)
     AttentionMaskInterface.register(KEY, fpatch_mask)
 
