@@ -1,0 +1,121 @@
+"""What `import flashpatch` costs and what it leaves alone."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BUDGET_MS = 50
+
+# Hides a package from this interpreter, as if it were not installed.
+BLOCK = """
+import sys
+from importlib.abc import MetaPathFinder
+class Block(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+ALL_NAMES = "import flashpatch\nfor name in flashpatch.__all__: getattr(flashpatch, name)\n"
+
+
+def in_fresh_python(code: str, cwd: Path | None = None) -> str:
+    """What the code prints in an interpreter of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("code", ["import flashpatch", ALL_NAMES], ids=["import", "every name"])
+def test_importing_costs_little_beside_torch_and_transformers(code):
+    timed = f"""
+import time
+import torch, transformers, transformers.modeling_utils, transformers.masking_utils
+start = time.perf_counter()
+exec({code!r})
+print((time.perf_counter() - start) * 1000)
+"""
+    costs_ms = [float(in_fresh_python(timed)) for _ in range(3)]
+    assert statistics.median(costs_ms) < BUDGET_MS, costs_ms
+
+
+def test_importing_makes_no_cuda_context():
+    code = ALL_NAMES + "import torch; print(torch.cuda.is_initialized())"
+    assert in_fresh_python(code) == "False"
+
+
+def test_importing_loads_neither_torch_nor_transformers_nor_triton():
+    code = """
+import json, sys
+import flashpatch
+print(json.dumps([n for n in ("torch", "transformers", "triton") if n in sys.modules]))
+"""
+    assert json.loads(in_fresh_python(code)) == []
+
+
+def test_importing_activates_nothing():
+    """Neither the import nor reading every name changes transformers, beyond the two registered
+    functions under the key that no model has."""
+    code = f"""
+import transformers, transformers.modeling_utils as m
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+def state():
+    return (
+        dict(m.ALL_ATTENTION_FUNCTIONS.items()), dict(masks.items()),
+        dict(vars(m.PreTrainedModel)), dict(vars(transformers.PreTrainedConfig)),
+    )
+before = state()
+{ALL_NAMES}
+after = state()
+for there in after[:2]:
+    there.pop("fpatch", None)
+print(before == after)
+"""
+    assert in_fresh_python(code) == "True"
+
+
+def test_everything_but_triton_works_without_triton():
+    code = f"""
+{BLOCK}
+import torch
+from transformers import BertConfig, BertModel
+{ALL_NAMES}
+model = BertModel(BertConfig(
+    vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+)).eval()
+ids = torch.arange(12).view(2, 6)
+mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+before = model(ids, attention_mask=mask).last_hidden_state
+report = flashpatch.apply(model)
+after = model(ids, attention_mask=mask).last_hidden_state
+assert report.served == 2, report
+seen = mask.bool()
+print((before[seen] - after[seen]).abs().max().item())
+"""
+    assert float(in_fresh_python(code)) < 1e-5
+
+
+def test_a_package_named_kernels_is_found_from_the_root(tmp_path):
+    """The bare directory `./kernels` must lose against Hugging Face's package, wherever that is."""
+    (tmp_path / "kernels").mkdir()
+    theirs = tmp_path / "kernels" / "__init__.py"
+    theirs.touch()
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels as k; print(k.__file__)"
+    assert in_fresh_python(code, ROOT) == str(theirs)
+
+
+def test_no_module_named_kernels_is_installed_by_us(tmp_path):
+    code = """
+from importlib.util import find_spec
+spec = find_spec("kernels")
+print(spec and [*spec.submodule_search_locations])
+"""
+    assert str(ROOT) not in in_fresh_python(code, tmp_path)
