@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -75,7 +76,8 @@ def is_for_type_checkers(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
 
 
-def imports(module: str, *, inside_functions: bool) -> set[str]:
+@cache
+def imports(module: str, *, inside_functions: bool) -> frozenset[str]:
     """What a module imports when it runs; for `from a import b`, `a.b` where that is a module."""
 
     def walk(node: ast.AST) -> Iterator[str]:
@@ -91,7 +93,7 @@ def imports(module: str, *, inside_functions: bool) -> set[str]:
             elif inside_functions or not isinstance(child, ast.FunctionDef | ast.Lambda):
                 yield from walk(child)
 
-    return set(walk(ast.parse(FILES[module].read_text("utf-8"))))
+    return frozenset(walk(ast.parse(FILES[module].read_text("utf-8"))))
 
 
 def within(module: str, rooms: tuple[str, ...]) -> bool:
@@ -203,7 +205,7 @@ def project_texts() -> Iterator[tuple[Path, str]]:
     [
         r"/(work|root|tmp)/[a-z]",
         r"/(home|Users)/[a-z]+/",
-        r"pypi[.]org|files[.]pythonhosted|download[.]pytorch|--(extra-)?index-url|--find-links",
+        r"pypi[.]org|files[.]pythonhosted|download[.]pytorch|--(extra-)?index-url|--find-[l]inks",
     ],
     ids=["a directory of one machine", "somebody's home", "a package registry"],
 )
