@@ -69,9 +69,8 @@ def attend(
     options: Options,
     settings: Settings,
     fallback: Callable[[], T],
-    blocked: Reason | None = None,
 ) -> Tensor | T:
-    """Runs the call on the engine of choice, or `fallback()` after telling `on_fallback` why.
+    """Runs the call on the engine of choice, or falls back if there is none.
 
     Args:
         q: [B, H, N, D].
@@ -80,19 +79,23 @@ def attend(
         options: The rest of the call.
         settings: Those of the module that makes the call.
         fallback: Runs the original attention.
-        blocked: A reason known to the caller, e.g. that attention weights were asked for.
 
     Returns:
         The engine's output [B, H, N, Dv], or whatever `fallback` returned.
     """
-    chosen = blocked or decide(Call.of(q, k, v, options))
+    chosen = decide(Call.of(q, k, v, options))
     if isinstance(chosen, Reason):
-        # a skipped module is the user's wish, not a fallback; a callback would break the graph
-        if chosen is not SKIPPED and not torch.compiler.is_compiling():
-            settings.on_fallback(chosen)
-        return fallback()
+        return fall_back(chosen, settings, fallback)
     out, _ = run(q, k, v, options, chosen.name)
     return out
+
+
+def fall_back(reason: Reason, settings: Settings, fallback: Callable[[], T]) -> T:
+    """Runs the original attention, after telling `on_fallback` why."""
+    # a skipped module is the user's wish, not a fallback; a callback would break the graph
+    if reason is not SKIPPED and not torch.compiler.is_compiling():
+        settings.on_fallback(reason)
+    return fallback()
 
 
 def dropout_seed(p: float, device: torch.device) -> Tensor | None:

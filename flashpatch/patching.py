@@ -58,12 +58,22 @@ class Record:
 
 @dataclass(frozen=True)
 class Found:
-    """One attention module that has a patch."""
+    """One attention module that has a patch.
+
+    Attributes:
+        name: As in `model.named_modules()`.
+        module: The module.
+        patch: That of its class.
+        active: False if `only` or `skip` leaves it alone.
+        config: The config that says which attention it runs: its own, or that of the nearest module
+            around it that holds one.
+    """
 
     name: str
     module: nn.Module
     patch: Patch
     active: bool
+    config: Any | None
 
 
 def apply(
@@ -108,11 +118,12 @@ def apply(
         raise ValueError(f'packing must be None or "position_ids", not {packing!r}')
     found = _find(model, _patterns("only", only), _patterns("skip", skip))
     blocked = _config_reasons(model, found)
-    kept = [f for f in found if id(config_of(f.module)) not in blocked]
+    kept = [f for f in found if id(f.config) not in blocked]
     _copy_and_hold_configs(model, kept)
+    originals = _originals(model)
     for f in kept:
         _swap(f)
-        original = _original(f.module)
+        original = implementation(originals.get(id(f.config), f.config))
         vars(f.module)[_SETTINGS] = Settings(f.active, original, on_fallback, packing)
     for outermost in _models(model):
         unwatch(outermost)
@@ -209,11 +220,12 @@ def _find(
         unused.difference_update(hits)
         return bool(hits)
 
+    configs = _configs(model)
     found = []
     for name, module, patch in modules:
         wanted = only is None or matches(name, only)
         skipped = matches(name, skip)
-        found.append(Found(name, module, patch, wanted and not skipped))
+        found.append(Found(name, module, patch, wanted and not skipped, configs[name]))
     if unused:
         names = ", ".join(repr(n) for n, _, _ in modules[:3]) or "none"
         raise ValueError(
@@ -223,9 +235,18 @@ def _find(
     return found
 
 
+def _configs(model: nn.Module) -> dict[str, Any | None]:
+    """Name of each module -> its config, or else that of the nearest module around it."""
+    configs: dict[str, Any | None] = {}
+    for name, module in model.named_modules():
+        around = name.rpartition(".")[0]
+        configs[name] = config_of(module) or configs.get(around)
+    return configs
+
+
 def _config_reasons(model: nn.Module, found: Iterable[Found]) -> dict[int, Reason]:
     """Configs that must not get the key, because an attention class without a patch reads them."""
-    keyed = {id(config_of(f.module)) for f in found if f.patch.keyed}
+    keyed = {id(f.config) for f in found if f.patch.keyed and f.config is not None}
     reasons = {}
     for module in model.modules():
         config = config_of(module)
@@ -239,9 +260,9 @@ def _config_reasons(model: nn.Module, found: Iterable[Found]) -> dict[int, Reaso
 
 def _copy_and_hold_configs(model: nn.Module, kept: Iterable[Found]) -> None:
     keyed = {
-        id(c): c
+        id(f.config): f.config
         for f in kept
-        if f.patch.keyed and (c := config_of(f.module)) is not None and _unpatched(f.module)
+        if f.patch.keyed and f.config is not None and implementation(f.config) != KEY
     }
     copies = copy_configs(model, keyed.values(), KEY) if keyed else {}
     for module in model.modules():
@@ -252,15 +273,10 @@ def _copy_and_hold_configs(model: nn.Module, kept: Iterable[Found]) -> None:
             vars(module)[_RECORD] = replace(record, config=config)
 
 
-def _unpatched(module: nn.Module) -> bool:
-    return implementation(config_of(module)) != KEY
-
-
-def _original(module: nn.Module) -> str:
-    """The attention that the module's own config names."""
-    record: Record | None = vars(module).get(_RECORD)
-    config = record.config.original if record and record.config else config_of(module)
-    return implementation(config)
+def _originals(model: nn.Module) -> dict[int, Any]:
+    """The id of each config that stands in for another while patched -> that other."""
+    records = (vars(m).get(_RECORD) for m in model.modules())
+    return {id(r.config.stand_in): r.config.original for r in records if r and r.config}
 
 
 def _swap(found: Found) -> None:
@@ -309,7 +325,7 @@ def _report(
     rows = []
     for f in found:
         if id(f.module) not in served:
-            outcome: Any = blocked[id(config_of(f.module))]
+            outcome: Any = blocked[id(f.config)]
         else:
             outcome = describe(f.module, f.active)
         rows.append(Row(f.name, type(f.module).__name__, outcome))

@@ -26,6 +26,7 @@ from flashpatch.dispatch import (
     Settings,
     attend,
     dropout_seed,
+    fall_back,
     unknown_argument,
 )
 from flashpatch.masks import expand, fpatch_mask, separate, unpack
@@ -104,7 +105,7 @@ def fpatch_attention(
         The output [B, N, H, Dv], and the attention weights where the original computes them.
     """
     settings: Settings = getattr(module, "_flashpatch", Settings())
-    causal = is_causal(module, query, attention_mask, kwargs.get("is_causal"))
+    causal = is_causal(module, query.shape[2], attention_mask, kwargs.get("is_causal"))
 
     def original() -> tuple[Tensor, Tensor | None]:
         return run_original(
@@ -113,7 +114,7 @@ def fpatch_attention(
 
     blocked = why_blocked(module, settings, kwargs)
     if blocked is not None:
-        return attend(query, key, value, Options(), settings, original, blocked)
+        return fall_back(blocked, settings, original)
 
     q, k, v, options = read_call(query, key, value, attention_mask, causal, settings, kwargs)
     out = attend(q, k, v, options, settings, original)
@@ -121,15 +122,15 @@ def fpatch_attention(
 
 
 def is_causal(
-    module: nn.Module, query: Tensor, attention_mask: Tensor | None, stated: bool | None
+    module: nn.Module, n: int, attention_mask: Tensor | None, stated: bool | None = None
 ) -> bool:
-    """Whether the call is causal without a mask saying so.
+    """Whether a call of n queries is causal without a mask saying so.
 
     Source: transformers, `sdpa_attention_forward`: the argument, else the module, else True; never
     beside a mask or for a single query.
     """
     causal = getattr(module, "is_causal", True) if stated is None else stated
-    return bool(causal) and attention_mask is None and query.shape[2] > 1
+    return bool(causal) and attention_mask is None and n > 1
 
 
 def why_blocked(module: nn.Module, settings: Settings, kwargs: dict[str, Any]) -> Reason | None:
@@ -278,7 +279,8 @@ def run_original(
     weights = kwargs.get("output_attentions") or collects_attentions()
     eager = weights or original not in ALL_ATTENTION_FUNCTIONS or original == KEY
     if kwargs.get("position_bias") is not None:
-        kwargs = {**kwargs, "position_bias": dense_position_bias(kwargs["position_bias"], n, m)}
+        position_bias = dense_position_bias(kwargs["position_bias"], n, m).to(query.dtype)
+        kwargs = {**kwargs, "position_bias": position_bias}
     mask = expand(attention_mask, n, m, query, causal=causal, additive=eager)
     function = eager_attention(module) if eager else ALL_ATTENTION_FUNCTIONS[original]
     return function(module, query, key, value, mask, **kwargs)

@@ -1,0 +1,139 @@
+"""Classes whose `forward` leaves attention to a method `_attn(query, key, value, attention_mask)`.
+
+`_attn` is replaced. What it needs to know beyond its arguments, only `forward` is told, which is
+therefore wrapped to pass it on with the mask.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from flashpatch_kernels.masks import Band, Intervals, Mask, intersect
+from torch import Tensor, nn
+
+from flashpatch.dispatch import Settings, attend, fall_back
+from flashpatch.masks import expand
+from flashpatch.patches.interface import is_causal, read_call, why_blocked
+from flashpatch.registry import Patch, register
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one layer differs from causal attention.
+
+    Attributes:
+        scale: Factor on the products.
+        window: How many keys a query sees, its own included; None for all up to its own.
+    """
+
+    scale: float
+    window: int | None = None
+
+
+def _gpt_neo(module: Any) -> Kind:
+    local = module.attention_type == "local"
+    return Kind(scale=1.0, window=module.config.window_size if local else None)
+
+
+def _gptj(module: Any) -> Kind:
+    return Kind(scale=1 / module.scale_attn)
+
+
+CLASSES: dict[str, Callable[[Any], Kind]] = {
+    "gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention": _gpt_neo,
+    "gptj.modeling_gptj.GPTJAttention": _gptj,
+}
+
+
+@dataclass(frozen=True)
+class Passed:
+    """An attention mask, and what else `forward` was told that concerns attention."""
+
+    mask: Tensor | None
+    output_attentions: bool | None
+    position_ids: Tensor | None
+
+
+def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The class's own `forward`, with what `_attn` must know passed along."""
+    kwargs["attention_mask"] = Passed(
+        kwargs.get("attention_mask"), kwargs.get("output_attentions"), kwargs.get("position_ids")
+    )
+    cls: Any = type(module)
+    return cls.forward(module, *args, **kwargs)
+
+
+def attn(
+    kind: Kind,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Passed,
+) -> tuple[Tensor, Tensor | None]:
+    """Stands for `_attn`.
+
+    Args:
+        kind: Facts about the layer.
+        module: The attention module.
+        query: [B, H, N, D].
+        key: [B, H, M, D].
+        value: [B, H, M, D].
+        attention_mask: What `forward` passed.
+
+    Returns:
+        The output [B, H, N, D], and the attention weights where the original computes them.
+    """
+    settings: Settings = getattr(module, "_flashpatch", Settings())
+    cls: Any = type(module)
+    mask = attention_mask.mask
+    causal = is_causal(module, query.shape[2], mask)
+
+    def original() -> tuple[Tensor, Tensor | None]:
+        dense = expand(mask, query.shape[2], key.shape[2], query, causal=causal, additive=True)
+        return cls._attn(module, query, key, value, dense)
+
+    arguments = {
+        "dropout": module.attn_dropout.p if module.attn_dropout.training else 0.0,
+        "output_attentions": attention_mask.output_attentions,
+        "position_ids": attention_mask.position_ids,
+        "scaling": kind.scale,
+    }
+    blocked = why_blocked(module, settings, arguments)
+    if blocked is not None:
+        return fall_back(blocked, settings, original)
+    q, k, v, options = read_call(query, key, value, mask, causal, settings, arguments)
+    if kind.window is not None:
+        options = replace(options, mask=within_window(options.mask, kind.window, q.shape[2], k))
+    out = attend(q, k, v, options, settings, original)
+    return out if isinstance(out, tuple) else (out, None)
+
+
+def within_window(mask: Mask, window: int, n: int, key: Tensor) -> Mask:
+    """A causal mask of n queries, of which each sees no more than its last `window` keys."""
+    m = key.shape[2]
+    if isinstance(mask, Intervals):
+        # by the end of each interval: unlike m it also tells the position within a static cache
+        hi = mask.bounds[..., 1]
+        lo = torch.maximum(mask.bounds[..., 0], hi - window)
+        return replace(mask, bounds=torch.stack((lo, hi), dim=-1))
+    band = Band(left=window - 1, right=0, offset=m - n)
+    return band if isinstance(mask, Band) else intersect(mask, band, n, m, key.device)
+
+
+def _register(name: str, kind: Callable[[Any], Kind]) -> None:
+    register(
+        Patch(
+            f"transformers.models.{name}",
+            swaps={
+                "_attn": lambda module: partial(attn, kind(module), module),
+                "forward": lambda module: partial(forward, module),
+            },
+        )
+    )
+
+
+for _name, _kind in CLASSES.items():
+    _register(_name, _kind)

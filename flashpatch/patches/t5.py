@@ -1,0 +1,74 @@
+"""T5 and its relatives: a position bias of O(N) where their classes build [1, H, N, M].
+
+They call attention through the interface and hand it a `position_bias`. Here their `compute_bias`
+gives the table of all distances instead (see `flashpatch_kernels.options`), and cross-attention,
+which has no bias but builds a matrix of zeros, gives one zero. The rest is in `interface`.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashpatch.registry import KEEP, Patch, register
+
+CLASSES = (
+    "mt5.modeling_mt5.MT5Attention",
+    "t5.modeling_t5.T5Attention",
+    "umt5.modeling_umt5.UMT5Attention",
+)
+
+
+def table(
+    module: nn.Module,
+    query_length: int,
+    key_length: int,
+    device: torch.device | None = None,
+    past_seen_tokens: int | Tensor = 0,
+) -> Tensor:
+    """The bias of each distance j - i between key and query: [1, H, 1, N + M - 1].
+
+    Entry j - i + N - 1 is that of query i and key j. The class's own method computes it, as the row
+    that one query at the last position would have on N + M - 1 keys.
+    """
+    cls: Any = type(module)
+    return cls.compute_bias(
+        module,
+        1,
+        key_length + query_length - 1,
+        device=device,
+        past_seen_tokens=past_seen_tokens + (query_length - 1),
+    )
+
+
+def zero(
+    module: nn.Module,
+    query_length: int,
+    key_length: int,
+    device: torch.device | None = None,
+    past_seen_tokens: int | Tensor = 0,
+) -> Tensor:
+    """The bias of a module that has none: [1, 1, 1, 1]."""
+    return torch.zeros((1, 1, 1, 1), device=device)
+
+
+def _compute_bias(module: nn.Module) -> Any:
+    return partial(table if module.has_relative_attention_bias else zero, module)
+
+
+def _has_relative_attention_bias(module: nn.Module) -> Any:
+    """True, so that modules without a bias ask `compute_bias` for it."""
+    return KEEP if module.has_relative_attention_bias else True
+
+
+for _name in CLASSES:
+    register(
+        Patch(
+            f"transformers.models.{_name}",
+            swaps={
+                "compute_bias": _compute_bias,
+                "has_relative_attention_bias": _has_relative_attention_bias,
+            },
+        )
+    )
