@@ -1,0 +1,333 @@
+"""Which engine computes a call: facts about each engine, as rows over the call's metadata.
+
+An engine is asked before it runs. `why_not` answers with the first requirement that the call does
+not meet, `choose` takes the first engine that can and is the better choice. Nothing here looks at
+data, so that tracing, CUDA graphs and the recomputation of a checkpoint all decide alike.
+
+Letters: B batch, H query heads, H_kv key heads, N queries, M keys, D head size, Dv that of v.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from flashpatch_kernels.masks import Band, Boolean, Intervals
+from flashpatch_kernels.options import Options
+
+TRITON_INSTALLED = find_spec("triton") is not None
+
+# Below this many scores per head PyTorch's attention with a materialised mask is the fastest on a
+# CPU and its matrix of scores fits the cache.
+SMALL_SCORES = 128 * 128
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an engine does not take a call: a name to test for and a sentence for people."""
+
+    name: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Call:
+    """What can be known of an attention call without looking at data.
+
+    The defaults describe a plain call, so that a report can ask about one before it is made.
+
+    Attributes:
+        capability: Compute capability of the CUDA device, None on another device.
+        dtype: Of q, after autocast.
+        mixed: Whether q, k and v differ in dtype or device.
+        mask: The mask's record: `Band` with its numbers; the others by kind.
+        one_row: Whether every query sees the same keys, as far as the shapes tell.
+        needs_grad: Whether a gradient may be asked for.
+        lse: Whether the caller wants the log-sum-exp.
+    """
+
+    device: str = "cuda"
+    capability: tuple[int, int] | None = None
+    dtype: torch.dtype = torch.float32
+    mixed: bool = False
+    batch: int = 1
+    heads: int = 1
+    kv_heads: int = 1
+    n_queries: int = 1024
+    n_keys: int = 1024
+    head_size: int = 64
+    value_size: int = 64
+    mask: type[Band] | type[Intervals] | type[Boolean] = Band
+    band: Band | None = Band()
+    one_row: bool = True
+    softcap: bool = False
+    table: bool = False
+    bias: bool = False
+    bias_one_row: bool = False
+    bias_grad: bool = False
+    sinks: bool = False
+    dropout: float = 0.0
+    needs_grad: bool = False
+    lse: bool = False
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, v: Tensor, options: Options, *, lse: bool = False) -> "Call":
+        """The record of a call with these tensors."""
+        mask, table, bias, sinks = options.mask, options.table, options.bias, options.sinks
+        tensors = (q, k, v, table, bias, sinks)
+        dtypes = [computing_dtype(x) for x in (q, k, v)]
+        if isinstance(mask, Band):
+            one_row = mask == Band() or q.shape[2] == 1
+        elif isinstance(mask, Intervals):
+            one_row = mask.bounds.shape[1] == 1
+        else:
+            one_row = mask.allowed.shape[2] == 1
+        return Call(
+            device=q.device.type,
+            capability=torch.cuda.get_device_capability(q.device) if q.is_cuda else None,
+            dtype=dtypes[0],
+            mixed=not (dtypes[0] == dtypes[1] == dtypes[2] and q.device == k.device == v.device),
+            batch=q.shape[0],
+            heads=q.shape[1],
+            kv_heads=k.shape[1],
+            n_queries=q.shape[2],
+            n_keys=k.shape[2],
+            head_size=q.shape[3],
+            value_size=v.shape[3],
+            mask=type(mask),
+            band=mask if isinstance(mask, Band) else None,
+            one_row=one_row,
+            softcap=options.softcap is not None,
+            table=table is not None,
+            bias=bias is not None,
+            bias_one_row=bias is not None and bias.shape[2] == 1,
+            bias_grad=bias is not None and bias.requires_grad,
+            sinks=sinks is not None,
+            dropout=options.dropout,
+            needs_grad=torch.is_grad_enabled()
+            and any(x is not None and x.requires_grad for x in tensors),
+            lse=lse,
+        )
+
+
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which autocast, if it is on, wants an operand of a product."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+Row = tuple[Reason, Callable[[Call], bool]]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way of computing attention.
+
+    Attributes:
+        requirements: Rows (reason, predicate). The engine can serve a call that meets them all.
+        preferences: Rows of the same kind. One that is not met says that another engine, if there
+            is one, is the better choice.
+    """
+
+    name: str
+    requirements: tuple[Row, ...] = ()
+    preferences: tuple[Row, ...] = ()
+
+
+HALF = (torch.float16, torch.bfloat16)
+FLOATS = (*HALF, torch.float32, torch.float64)
+
+
+def _interpreted(call: Call) -> bool:
+    """Whether Triton's interpreter is asked for, which computes on the CPU, for tests."""
+    return call.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _small(call: Call) -> bool:
+    """Whether a matrix of scores costs nothing that matters."""
+    return call.device == "cpu" and call.n_queries * call.n_keys <= SMALL_SCORES
+
+
+def _one_query_range(call: Call) -> bool:
+    """Whether the call is one query with a band that leaves it some key: a slice of the keys."""
+    if call.band is None or call.n_queries != 1:
+        return False
+    start, stop = key_range(call.band, call.n_keys)
+    return start < stop
+
+
+def key_range(band: Band, n_keys: int) -> tuple[int, int]:
+    """The keys start..stop that the first query sees."""
+    start = 0 if band.left is None else max(0, band.offset - band.left)
+    stop = n_keys if band.right is None else min(n_keys, band.offset + band.right + 1)
+    return start, stop
+
+
+def _sdpa_mask(call: Call) -> bool:
+    """Whether PyTorch takes the mask as it is, or as one row of keys."""
+    square_causal = call.band == Band(right=0) and call.n_queries == call.n_keys
+    if call.mask is Intervals:
+        return call.one_row
+    return call.mask is Boolean or call.band == Band() or square_causal or _one_query_range(call)
+
+
+def _sdpa_bias(call: Call) -> bool:
+    """Whether mask and bias are one tensor no larger than what the caller already holds."""
+    alone = call.band == Band() or (call.one_row and call.bias_one_row)
+    return not call.bias or (alone and (call.device == "cuda" or not call.bias_grad))
+
+
+def _sdpa_heads(call: Call) -> bool:
+    """Whether PyTorch keeps its fused kernel for these heads."""
+    if call.device != "cuda" or call.heads == call.kv_heads:
+        return True
+    masked = call.bias or call.mask is not Band
+    return call.dtype in HALF and not masked and call.head_size <= 256
+
+
+def _sdpa_sizes(call: Call) -> bool:
+    """Whether PyTorch keeps its fused kernel for these head sizes."""
+    if call.device == "cuda" and call.heads == call.kv_heads:
+        return True
+    return call.head_size == call.value_size
+
+
+def _sdpa_applies(call: Call) -> bool:
+    return why_not(SDPA, call) is None
+
+
+COMMON: tuple[Row, ...] = (
+    (Reason("MIXED", "q, k and v differ in dtype or device"), lambda c: not c.mixed),
+    (
+        Reason("DTYPE", "the dtype is none of float16, bfloat16, float32, float64"),
+        lambda c: c.dtype in FLOATS,
+    ),
+    (
+        Reason("HEADS", "the query heads are not a multiple of the key heads"),
+        lambda c: c.kv_heads > 0 and c.heads % c.kv_heads == 0,
+    ),
+)
+
+TRITON = Engine(
+    "triton",
+    requirements=(
+        (Reason("TRITON_MISSING", "Triton is not installed"), lambda c: TRITON_INSTALLED),
+        (
+            Reason("TRITON_DEVICE", "the Triton kernels need a CUDA device"),
+            lambda c: c.device == "cuda" or _interpreted(c),
+        ),
+        (
+            Reason("TRITON_DTYPE", "the Triton kernels take float16, bfloat16 and float32"),
+            lambda c: c.dtype != torch.float64,
+        ),
+        (
+            Reason("TRITON_BFLOAT16", "bfloat16 needs compute capability 8.0"),
+            lambda c: c.dtype != torch.bfloat16 or (c.capability or (8, 0)) >= (8, 0),
+        ),
+        (
+            Reason("TRITON_HEAD_SIZE", "the Triton kernels take head sizes from 16 to 256"),
+            lambda c: 16 <= c.head_size <= 256 and 16 <= c.value_size <= 256,
+        ),
+        (
+            Reason("TRITON_BOOLEAN", "the Triton kernels take no boolean mask, only intervals"),
+            lambda c: c.mask is not Boolean,
+        ),
+        (Reason("TRITON_SOFTCAP", "the Triton kernels have no softcap"), lambda c: not c.softcap),
+        (Reason("TRITON_TABLE", "the Triton kernels take no table"), lambda c: not c.table),
+        (Reason("TRITON_BIAS", "the Triton kernels take no bias"), lambda c: not c.bias),
+        (Reason("TRITON_SINKS", "the Triton kernels take no sinks"), lambda c: not c.sinks),
+        (Reason("TRITON_DROPOUT", "the Triton kernels have no dropout"), lambda c: not c.dropout),
+    ),
+    preferences=(
+        (
+            Reason("TRITON_INTERPRETER", "Triton's interpreter is for tests"),
+            lambda c: c.device == "cuda",
+        ),
+        (
+            Reason("TRITON_FLOAT32", "PyTorch's attention is faster in float32"),
+            lambda c: c.dtype != torch.float32 or not _sdpa_applies(c),
+        ),
+    ),
+)
+
+SDPA = Engine(
+    "sdpa",
+    requirements=(
+        (Reason("SDPA_LSE", "PyTorch's attention does not return the lse"), lambda c: not c.lse),
+        (Reason("SDPA_SOFTCAP", "PyTorch's attention has no softcap"), lambda c: not c.softcap),
+        (Reason("SDPA_SINKS", "PyTorch's attention takes no sinks"), lambda c: not c.sinks),
+        (
+            Reason("SDPA_TABLE", "PyTorch's attention would expand the table to N x M"),
+            lambda c: not c.table or _small(c),
+        ),
+        (
+            Reason("SDPA_MASK", "PyTorch's attention would expand the mask to N x M"),
+            lambda c: _sdpa_mask(c) or _small(c),
+        ),
+        (
+            Reason("SDPA_BIAS", "PyTorch's attention would expand the bias to N x M"),
+            lambda c: _sdpa_bias(c) or _small(c),
+        ),
+        (
+            Reason("SDPA_DROPOUT", "PyTorch's attention with dropout is not fused here"),
+            lambda c: not c.dropout or c.device == "cuda" or _small(c),
+        ),
+        (
+            Reason("SDPA_HEADS", "PyTorch's attention is not fused for grouped heads here"),
+            lambda c: _sdpa_heads(c) or _small(c),
+        ),
+        (
+            Reason("SDPA_HEAD_SIZE", "PyTorch's attention is not fused for these head sizes"),
+            lambda c: _sdpa_sizes(c) or _small(c),
+        ),
+    ),
+)
+
+TILED = Engine(
+    "tiled",
+    preferences=(
+        (
+            Reason("TILED_CUDA", "a CUDA device has faster engines"),
+            lambda c: c.device != "cuda",
+        ),
+    ),
+)
+
+# In order of preference. `reference` is not among them: it is run only when asked for by name.
+ENGINES = (TRITON, SDPA, TILED)
+REFERENCE = Engine("reference")
+
+
+def why_not(engine: Engine, call: Call) -> Reason | None:
+    """The first requirement of the engine that the call does not meet; None if it can serve it."""
+    return _first_unmet((*COMMON, *engine.requirements), call)
+
+
+def choose(call: Call) -> Engine:
+    """The first engine that can serve the call and is the better choice, or else that can.
+
+    Raises:
+        ValueError: No engine can; the message has the reason.
+    """
+    able = [engine for engine in ENGINES if why_not(engine, call) is None]
+    for engine in able:
+        if _first_unmet(engine.preferences, call) is None:
+            return engine
+    if not able:
+        raise ValueError(f"no engine takes this call: {why_not(TILED, call)}")
+    return able[0]
+
+
+def _first_unmet(rows: tuple[Row, ...], call: Call) -> Reason | None:
+    for reason, met in rows:
+        if not met(call):
+            return reason
+    return None
