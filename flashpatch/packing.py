@@ -6,6 +6,7 @@ the data, which is not read; that they were passed in such a way can be seen by 
 """
 
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ LEAK = (
 )
 
 
-def warn_of_leaks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def warn_of_leaks(module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook that warns, once per process, of a call that may hold packed documents."""
     positions = kwargs.get("position_ids")
     if torch.compiler.is_compiling() or not isinstance(positions, torch.Tensor):
@@ -32,14 +33,9 @@ def warn_of_leaks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         _warn_once()
 
 
+@cache
 def _warn_once() -> None:
-    global _warned  # noqa: PLW0603  (once per process is what the name says)
-    if not _warned:
-        _warned = True
-        warnings.warn(LEAK, UserWarning, stacklevel=4)
-
-
-_warned = False
+    warnings.warn(LEAK, UserWarning, stacklevel=4)
 
 
 def watch(module: nn.Module) -> None:

@@ -77,9 +77,13 @@ class Report:
         return sum(row.count for row in self.rows)
 
     @property
-    def reasons(self) -> dict[str, Reason]:
-        """Pattern -> reason, of the modules that are left."""
-        return {r.pattern: r.outcome for r in self.rows if isinstance(r.outcome, Reason)}
+    def reasons(self) -> dict[Reason, list[str]]:
+        """Why modules are left: each reason with the patterns of its modules."""
+        reasons: dict[Reason, list[str]] = {}
+        for row in self.rows:
+            if isinstance(row.outcome, Reason):
+                reasons.setdefault(row.outcome, []).append(row.pattern)
+        return reasons
 
     def _headline(self) -> str:
         if not self.rows:
