@@ -142,7 +142,9 @@ def disable() -> None:
         for change in reversed(enabled.replaced):
             change.put_back()
         for model in list(enabled.reports):
-            import_module("flashpatch.patching").revert(model)
+            from flashpatch.patching import revert
+
+            revert(model)
 
 
 def reports() -> list[tuple["nn.Module", "Report"]]:
@@ -152,7 +154,11 @@ def reports() -> list[tuple["nn.Module", "Report"]]:
 
 
 def _patch(model: "nn.Module", enabled: _Enabled) -> "Report":
-    report = import_module("flashpatch.patching").apply(model, **enabled.settings)
+    from flashpatch.patching import apply, matching
+
+    settings = enabled.settings
+    chosen = {name: matching(model, settings[name]) for name in ("only", "skip")}
+    report = apply(model, **{**settings, **chosen})
     enabled.reports[model] = report
     if enabled.on_apply is not None:
         enabled.on_apply(model, report)
@@ -161,25 +167,28 @@ def _patch(model: "nn.Module", enabled: _Enabled) -> "Report":
 
 def _may_patch(model: "nn.Module") -> bool:
     """Whether the model is not one that the user has patched by hand."""
-    known = _enabled is not None and model in _enabled.reports
-    return known or not import_module("flashpatch.patching").patched_modules(model)
+    from flashpatch.patching import patched_modules
+
+    return (_enabled is not None and model in _enabled.reports) or not patched_modules(model)
 
 
 def _outermost(modules: Iterable["nn.Module"]) -> list["nn.Module"]:
     """The transformers models among the modules and inside them that no other one contains."""
     if _MODELING not in sys.modules:
         return []
-    kind = sys.modules[_MODELING].PreTrainedModel
-    found = {id(m): m for top in modules for m in top.modules() if isinstance(m, kind)}
+    from transformers import PreTrainedModel
+
+    found = {id(m): m for top in modules for m in top.modules() if isinstance(m, PreTrainedModel)}
     inner = {id(part) for m in found.values() for part in m.modules() if part is not m}
     return [m for m in found.values() if id(m) not in inner]
 
 
 def _watch_models() -> None:
     """Wraps what builds models in the classes that exist, and sees to those defined later."""
-    base = sys.modules[_MODELING].PreTrainedModel
-    define: classmethod[Any, Any, Any] = vars(base)["__init_subclass__"]
-    load: classmethod[Any, Any, Any] = vars(base)["from_pretrained"]
+    from transformers.modeling_utils import PreTrainedModel
+
+    define: classmethod[Any, Any, Any] = vars(PreTrainedModel)["__init_subclass__"]
+    load: classmethod[Any, Any, Any] = vars(PreTrainedModel)["from_pretrained"]
 
     @functools.wraps(define.__func__)
     def init_subclass(cls: type, **kwargs: Any) -> None:
@@ -190,9 +199,9 @@ def _watch_models() -> None:
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         return _build(load.__func__, cls, *args, **kwargs)
 
-    _replace(base, "__init_subclass__", classmethod(init_subclass))
-    _replace(base, "from_pretrained", classmethod(from_pretrained))
-    classes = [base]
+    _replace(PreTrainedModel, "__init_subclass__", classmethod(init_subclass))
+    _replace(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
+    classes: list[type] = [PreTrainedModel]
     for cls in classes:  # parents come first: what they wrap, their children inherit
         _watch_constructor(cls)
         classes += [child for child in cls.__subclasses__() if child not in classes]

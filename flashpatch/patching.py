@@ -177,6 +177,16 @@ def applied(
             vars(module)[_SETTINGS] = settings
 
 
+def matching(model: nn.Module, patterns: Patterns) -> tuple[str, ...] | None:
+    """Those of the patterns that match anything in this model, so that `apply` takes them."""
+    given = _patterns("patterns", patterns)
+    if given is None:
+        return None
+    modules = [name for name, module in model.named_modules() if find(type(module)) is not None]
+    names = {written for name in modules for written in _names(name)}
+    return tuple(p for p in given if any(fnmatchcase(name, p) for name in names))
+
+
 def _patterns(argument: str, patterns: Patterns) -> tuple[str, ...] | None:
     if patterns is None:
         return None

@@ -21,7 +21,7 @@ from importlib.machinery import SourceFileLoader
 from itertools import dropwhile
 from pathlib import Path
 from types import FrameType, ModuleType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from flashpatch import enabling
 
@@ -100,7 +100,7 @@ def _log_to_stderr() -> None:
     _LOG.propagate = False
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> NoReturn:
     sys.stderr.write(message + "\n")
     sys.exit(2)
 
