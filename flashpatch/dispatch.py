@@ -57,6 +57,10 @@ class Settings:
     packing: str | None = None
 
 
+# Of a model built with the key `fpatch` that `apply` has not seen.
+DEFAULT = Settings()
+
+
 def decide(call: Call) -> Engine | Reason:
     """The engine for a call, or why there is none: tiled takes all that any engine takes."""
     return why_not(TILED, call) or choose(call)

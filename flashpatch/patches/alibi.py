@@ -12,7 +12,7 @@ from flashpatch_kernels.engines import Reason
 from torch import Tensor
 from torch.nn import functional
 
-from flashpatch.dispatch import Settings, attend, fall_back
+from flashpatch.dispatch import DEFAULT, Settings, attend, fall_back
 from flashpatch.masks import expand
 from flashpatch.patches.interface import is_causal, read_call, why_blocked
 from flashpatch.registry import Patch, register
@@ -60,7 +60,7 @@ def forward(
     Returns:
         The output [B, N, H * D], and the attention weights where the original computes them.
     """
-    settings: Settings = getattr(module, "_flashpatch", Settings())
+    settings: Settings = getattr(module, "_flashpatch", DEFAULT)
     arguments = {
         "dropout": module.attention_dropout.p if module.attention_dropout.training else 0.0,
         "output_attentions": output_attentions,

@@ -13,7 +13,7 @@ import torch
 from flashpatch_kernels.masks import Band, Intervals, Mask, intersect
 from torch import Tensor, nn
 
-from flashpatch.dispatch import Settings, attend, fall_back
+from flashpatch.dispatch import DEFAULT, Settings, attend, fall_back
 from flashpatch.masks import expand
 from flashpatch.patches.interface import is_causal, read_call, why_blocked
 from flashpatch.registry import Patch, register
@@ -86,7 +86,7 @@ def attn(
     Returns:
         The output [B, H, N, D], and the attention weights where the original computes them.
     """
-    settings: Settings = getattr(module, "_flashpatch", Settings())
+    settings: Settings = getattr(module, "_flashpatch", DEFAULT)
     cls: Any = type(module)
     mask = attention_mask.mask
     causal = is_causal(module, query.shape[2], mask)

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flashpatch.dispatch import (
+    DEFAULT,
     HEAD_MASK,
     OUTPUT_ATTENTIONS,
     SKIPPED,
@@ -104,7 +105,7 @@ def fpatch_attention(
     Returns:
         The output [B, N, H, Dv], and the attention weights where the original computes them.
     """
-    settings: Settings = getattr(module, "_flashpatch", Settings())
+    settings: Settings = getattr(module, "_flashpatch", DEFAULT)
     causal = is_causal(module, query.shape[2], attention_mask, kwargs.get("is_causal"))
 
     def original() -> tuple[Tensor, Tensor | None]:
