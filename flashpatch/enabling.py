@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ class _Replaced:
         if self.previous is _MISSING:
             delattr(owner, self.name)
         else:
+            if isinstance(self.previous, FunctionType):
+                # transformers' class decorators write the constructor's documentation
+                self.previous.__doc__ = self.placed.__doc__
             setattr(owner, self.name, self.previous)
 
 
