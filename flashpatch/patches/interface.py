@@ -167,7 +167,10 @@ READ = frozenset(
 
 def collects_attentions() -> bool:
     """Whether a model up the stack records attention weights through its output hooks."""
-    collector = _COLLECTOR.get() if _COLLECTOR is not None else None
+    if torch.compiler.is_compiling():  # a context variable cannot be traced; this stands for it
+        collector = getattr(_COLLECTOR, "global_var", None)
+    else:
+        collector = _COLLECTOR.get() if _COLLECTOR is not None else None
     return collector is not None and any("attentions" in name for name in collector)
 
 
