@@ -55,8 +55,16 @@ def column_hashes(seed: Tensor, n_keys: int) -> Tensor:
 def keep(seed: Tensor, p: float, batch: int, heads: int, n_queries: int, n_keys: int) -> Tensor:
     """The whole mask, bool [B, H, N, M]: for tests and small calls."""
     words = row_hashes(seed, batch, heads, n_queries)[..., None] + column_hashes(seed, n_keys)
-    numbers = mix(words).view(torch.int16)[..., :n_keys]
-    return numbers.to(torch.int32) < threshold(p) - 32768
+    return kept(words, p)[..., :n_keys] != 0
+
+
+def kept(words: Tensor, p: float) -> Tensor:
+    """All ones where a weight is kept, else 0: sums of hashes int32 [..., W] -> int32 [..., 2 W].
+
+    Changes `words`. There is no comparison, because on a CPU a bool is slow to make and to use.
+    """
+    numbers = mix(words).view(torch.int16).to(torch.int32)
+    return numbers.sub_(threshold(p) - 32768).bitwise_right_shift_(31)
 
 
 def _seed_words(seed: Tensor) -> tuple[Tensor, Tensor]:

@@ -219,7 +219,7 @@ COMMON: tuple[Row, ...] = (
 TRITON = Engine(
     "triton",
     requirements=(
-        (Reason("TRITON_MISSING", "Triton is not installed"), lambda c: TRITON_INSTALLED),
+        (Reason("TRITON_MISSING", "Triton is not installed"), lambda _: TRITON_INSTALLED),
         (
             Reason("TRITON_DEVICE", "the Triton kernels need a CUDA device"),
             lambda c: c.device == "cuda" or _interpreted(c),

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
-from flashpatch_kernels import masks
+from flashpatch_kernels import masks, reference, sdpa
 from flashpatch_kernels.engines import (
     ENGINES,
     REFERENCE,
@@ -51,8 +51,8 @@ def attention(
     """softmax(cap(q k^T * scale) + table + bias) v over the keys that each query sees.
 
     The N x M matrix is never formed. H may be a multiple of H_kv: each key head then serves
-    H / H_kv query heads. `causal`, `window` and `mask` intersect. With `causal` or `window` the last
-    query stands at the last key: for 2 queries and 5 keys, causal lets them see
+    H / H_kv query heads. `causal`, `window` and `mask` intersect. With `causal` or `window` the
+    last query stands at the last key: for 2 queries and 5 keys, causal lets them see
         1 1 1 1 0
         1 1 1 1 1
     A query that sees no key gives 0 and a gradient of 0.
@@ -111,12 +111,8 @@ def run(
     if engine != "reference" and 0 in (*q.shape[:3], k.shape[2]):
         engine = "tiled"
     if engine == "sdpa":
-        from flashpatch_kernels import sdpa
-
         return sdpa.attention(q, k, v, options), None
     if engine == "reference":
-        from flashpatch_kernels import reference
-
         return reference.attention(q, k, v, options)
     return torch.ops.flashpatch.forward.default(q, k, v, engine, *_flat(options))
 
@@ -200,7 +196,7 @@ def _backward(
 
 
 def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, engine: str, *options: Any
+    q: Tensor, _k: Tensor, v: Tensor, _engine: str, *_options: Any
 ) -> tuple[Tensor, Tensor]:
     batch, heads, n_queries, _ = q.shape
     out = q.new_empty((batch, n_queries, heads, v.shape[3])).transpose(1, 2)
@@ -209,14 +205,14 @@ def _fake_forward(
 
 
 def _fake_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
+    _dout: Tensor,
+    _dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    engine: str,
+    _out: Tensor,
+    _lse: Tensor,
+    _engine: str,
     needs: list[str],
     *options: Any,
 ) -> list[Tensor]:
@@ -296,7 +292,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q and k differ in head size: {_size(q)}, {_size(k)}")
     if 0 in (q.shape[3], v.shape[3]):
         raise ValueError(f"a head size is 0: {_size(q)}, {_size(v)}")
-    if k.shape[1] == 0 and q.shape[1] != 0 or k.shape[1] and q.shape[1] % k.shape[1]:
+    if q.shape[1] % k.shape[1] if k.shape[1] else q.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
 
 

@@ -6,7 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flashpatch_kernels import masks
 from flashpatch_kernels.engines import key_range
-from flashpatch_kernels.masks import Band, Intervals
+from flashpatch_kernels.masks import Band
 from flashpatch_kernels.options import Options
 from flashpatch_kernels.reference import dense_table
 
