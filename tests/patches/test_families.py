@@ -169,6 +169,7 @@ FAMILIES = {
         begin_suppress_tokens=None,
     ),
 }
+# Families that take a token mask.
 PADDED = [name for name, f in FAMILIES.items() if f.kind in ("tokens", "pairs", "crossing")]
 GENERATING = [name for name, f in FAMILIES.items() if f.generates]
 
@@ -283,20 +284,20 @@ def engine(monkeypatch: pytest.MonkeyPatch, name: str | None):
         yield calls
 
 
-def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest difference, relative to the largest value."""
+def error(a: torch.Tensor, b: torch.Tensor, least: float = 1e-3) -> float:
+    """The largest difference, relative to the largest value, taken to be no less than `least`."""
     assert a.shape == b.shape
-    return float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-3))
+    return float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=least))
 
 
 @pytest.mark.parametrize("forced", ["tiled", None])
-@pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "padding"),
+    [(name, None) for name in FAMILIES] + [(n, p) for n in PADDED for p in ("left", "right")],
+)
 def test_outputs_and_all_gradients_equal_those_of_eager_attention(
     name, padding, forced, monkeypatch
 ):
-    if padding and name not in PADDED:
-        pytest.skip("takes no token mask")
     model, inputs = build(name), inputs_of(name, padding)
     expected, expected_gradients = step(model, inputs)
     report = flashpatch.apply(model, on_fallback=forbid)
@@ -307,8 +308,10 @@ def test_outputs_and_all_gradients_equal_those_of_eager_attention(
     assert forced is None or set(calls) == {forced}
     assert error(output, expected) < 1e-5
     assert gradients.keys() == expected_gradients.keys()
+    # some gradients are zero but for rounding, such as that of the bias of the keys
+    least = max(float(g.abs().max()) for g in expected_gradients.values()) / 100
     for parameter, gradient in gradients.items():
-        assert error(gradient, expected_gradients[parameter]) < 5e-5, parameter
+        assert error(gradient, expected_gradients[parameter], least) < 5e-5, parameter
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
