@@ -32,6 +32,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
     if terms:
         added = sum(terms[1:], start=terms[0]).to(q.dtype)
         seen = added if seen is None else added.masked_fill(~seen, -torch.inf)
+    # A branch, because the argument must be a bool also where sizes are symbols.
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     return scaled_dot_product_attention(
         q,
         k,
@@ -40,5 +42,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
         dropout_p=options.dropout,
         is_causal=causal,
         scale=options.scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        **grouped,
     )
