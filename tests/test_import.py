@@ -6,23 +6,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
-BUDGET_MS = 50
-
-# Hides a package from this interpreter, as if it were not installed.
-BLOCK = """
-import sys
-from importlib.abc import MetaPathFinder
-class Block(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "triton":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Block())
-"""
-
 ALL_NAMES = "import flashpatch\nfor name in flashpatch.__all__: getattr(flashpatch, name)\n"
+
+# Processor time, which other programs on the machine do not change.
+BUDGET_MS = {"import flashpatch": 50, ALL_NAMES: 250}
+
+# Hides Triton from this interpreter, as if it were not installed.
+WITHOUT_TRITON = """
+import sys
+from importlib.machinery import PathFinder
+class Hiding(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = name.partition(".")[0] == "triton"
+        return None if hidden else super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
+"""
 
 
 def in_fresh_python(code: str, cwd: Path | None = None) -> str:
@@ -34,17 +34,19 @@ def in_fresh_python(code: str, cwd: Path | None = None) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("code", ["import flashpatch", ALL_NAMES], ids=["import", "every name"])
-def test_importing_costs_little_beside_torch_and_transformers(code):
+def test_importing_costs_little_beside_torch_and_transformers():
     timed = f"""
-import time
+import json, time
 import torch, transformers, transformers.modeling_utils, transformers.masking_utils
-start = time.perf_counter()
-exec({code!r})
-print((time.perf_counter() - start) * 1000)
+times = [time.process_time()]
+for code in {[*BUDGET_MS]}:
+    exec(code)
+    times.append(time.process_time())
+print(json.dumps([(end - times[0]) * 1000 for end in times[1:]]))
 """
-    costs_ms = [float(in_fresh_python(timed)) for _ in range(3)]
-    assert statistics.median(costs_ms) < BUDGET_MS, costs_ms
+    runs = zip(*(json.loads(in_fresh_python(timed)) for _ in range(3)), strict=True)
+    costs_ms = dict(zip(BUDGET_MS, map(statistics.median, runs), strict=True))
+    assert all(costs_ms[code] < budget for code, budget in BUDGET_MS.items()), costs_ms
 
 
 def test_importing_makes_no_cuda_context():
@@ -84,7 +86,7 @@ print(before == after)
 
 def test_everything_but_triton_works_without_triton():
     code = f"""
-{BLOCK}
+{WITHOUT_TRITON}
 import torch
 from transformers import BertConfig, BertModel
 {ALL_NAMES}
@@ -97,6 +99,7 @@ before = model(ids, attention_mask=mask).last_hidden_state
 report = flashpatch.apply(model)
 after = model(ids, attention_mask=mask).last_hidden_state
 assert report.served == 2, report
+assert "triton" not in sys.modules
 seen = mask.bool()
 print((before[seen] - after[seen]).abs().max().item())
 """

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from flashpatch_kernels.engines import COMMON, ENGINES
 
 import flashpatch.patches  # noqa: F401  (fills the registry)
 from flashpatch.registry import registered
+from flashpatch_kernels.engines import COMMON, ENGINES
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text("utf-8")

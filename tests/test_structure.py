@@ -10,10 +10,10 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-import flashpatch_kernels
 import pytest
 
 import flashpatch
+import flashpatch_kernels
 
 ROOT = Path(__file__).parent.parent
 SOURCES = {"flashpatch": ROOT, "flashpatch_kernels": ROOT / "kernels"}
@@ -55,7 +55,7 @@ PUBLIC = {
         "revert",
         "unload_ipython_extension",
     },
-    "flashpatch_kernels": {"attention"},
+    "flashpatch_kernels": {"Band", "Boolean", "Intervals", "Mask", "Options", "attention"},
 }
 
 
