@@ -97,6 +97,11 @@ def show(result: Embeddings, console: Console) -> None:
     )
     console.print(escape(result.report), highlight=False, soft_wrap=True)
     console.print(
+        "\n  [dim]sdpa is PyTorch's own fused attention. flashpatch takes it where it is exact and "
+        "builds nothing of size N x N,\n  and its own engines (triton, tiled) elsewhere.[/]",
+        soft_wrap=True,
+    )
+    console.print(
         f"\n  largest difference of an embedding  [bold]{result.difference:.1e}[/]  "
         f"(must be below {TOLERANCE:.0e})\n"
         f"  most similar passage unchanged      [bold]{result.neighbours}[/] "

@@ -15,6 +15,7 @@ import flashpatch
 from flashpatch.demo import measure as measuring
 from flashpatch.demo import text
 
+# eager itself is off by about 1e-4: it adds N x N terms to 32 sums, one after the other, in fp32
 TOLERANCE = 1e-3
 EAGER, DEFAULT, PATCHED = "eager", "default", "flashpatch"
 
@@ -28,12 +29,13 @@ class Setting:
     layers: int = 4
     width: int = 512
     heads: int = 8
-    feed_forward: int = 2048
+    feed_forward: int = 1024
 
     def config(self) -> T5Config:
-        """T5-small's layers on ByT5's vocabulary: bytes, shifted by three special tokens.
+        """T5-small's width on ByT5's vocabulary: bytes, shifted by three special tokens.
 
-        Without dropout, so that all attentions compute the same gradient.
+        Without dropout and, as in ByT5, without ReLUs: a unit that rounding pushes across ReLU's
+        kink changes gradients more than any attention does.
         """
         return T5Config(
             vocab_size=384,
@@ -42,6 +44,7 @@ class Setting:
             d_ff=self.feed_forward,
             num_layers=self.layers,
             num_heads=self.heads,
+            feed_forward_proj="gated-gelu",
             dropout_rate=0.0,
         )
 
@@ -74,7 +77,7 @@ class T5:
     Attributes:
         setting: Model and input.
         steps: One per attention.
-        gradient_errors: Per step, the largest relative error of a bias gradient against eager's.
+        gradient_errors: Per step, the largest relative difference of a bias gradient to eager's.
     """
 
     setting: Setting
@@ -86,7 +89,7 @@ class T5:
         found = []
         if not self.gradient_errors[-1] < TOLERANCE:
             found.append(
-                f"T5's bias gradient is off by {self.gradient_errors[-1]:.1e}, more than "
+                f"T5's bias gradient differs from eager's by {self.gradient_errors[-1]:.1e}, more than "
                 f"{TOLERANCE:.0e}"
             )
         if not self.steps[-1].peak_bytes < self.steps[0].peak_bytes:
@@ -98,7 +101,7 @@ def measure(console: Console, device: torch.device, *, quick: bool = False) -> T
     """Takes one training step per attention, each in a process of its own."""
     setting = Setting(str(device), tokens=2048)
     if quick:
-        setting = Setting(str(device), tokens=1024, layers=1, width=64, heads=8, feed_forward=64)
+        setting = Setting(str(device), tokens=768, layers=1, width=64, heads=4, feed_forward=64)
     default = T5ForConditionalGeneration(setting.config()).config._attn_implementation
     steps = []
     for attention in [EAGER, *([DEFAULT] if default != EAGER else []), PATCHED]:
@@ -131,24 +134,23 @@ def train(setting: Setting, attention: str) -> Step:
     if attention == PATCHED:
         report = str(flashpatch.apply(model))
 
-    data = torch.tensor(list(text.stream(2 * setting.tokens)), device=device) + 3
-    source, target = data.reshape(2, 1, setting.tokens)
-    # the decoder reads one byte behind what it predicts
-    behind = data[None, setting.tokens - 1 : -1]
+    data = torch.tensor(list(text.stream(2 * setting.tokens)), device=device)[None] + 3
 
-    def step() -> float:
+    def step(tokens: int) -> float:
         model.zero_grad(set_to_none=True)
+        source, target = data[:, : 2 * tokens].chunk(2, dim=1)
+        # the decoder reads one byte behind what it predicts
+        behind = data[:, tokens - 1 : 2 * tokens - 1]
         loss = model(
             input_ids=source, decoder_input_ids=behind, labels=target, use_cache=False
         ).loss
         loss.backward()
         return loss.item()
 
-    if device.type == "cuda":
-        # the first step on a GPU compiles kernels and fills caches
-        step()
-        model.zero_grad(set_to_none=True)
-    loss, seconds, peak_bytes = measuring.measured(step, device)
+    # what happens once: imports on a CPU; on a GPU compilation too, which depends on sizes
+    step(16 if device.type == "cpu" else setting.tokens)
+    model.zero_grad(set_to_none=True)
+    loss, seconds, peak_bytes = measuring.measured(lambda: step(setting.tokens), device)
     return Step(words, seconds, peak_bytes, loss, _bias_gradients(model), report)
 
 
@@ -175,7 +177,7 @@ def show(result: T5, console: Console) -> None:
     console.print()
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("one training step")
-    for heading in ("peak memory", "time", "loss", "bias gradient, error"):
+    for heading in ("peak memory", "time", "loss", "bias gradient"):
         table.add_column(heading, justify="right")
     for step, error in zip(result.steps, result.gradient_errors, strict=True):
         table.add_row(
@@ -183,7 +185,7 @@ def show(result: T5, console: Console) -> None:
             f"{step.peak_bytes / 2**20:,.0f} MiB",
             f"{step.seconds:.2f} s",
             f"{step.loss:.5f}",
-            "reference" if step is eager else f"{error:.1e}",
+            "reference" if step is eager else f"differs by {error:.1e}",
             style="bold" if step is patched else "",
         )
     console.print(table)
