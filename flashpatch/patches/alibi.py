@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from flashpatch_kernels.engines import Reason
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,6 +15,7 @@ from flashpatch.dispatch import DEFAULT, Settings, attend, fall_back
 from flashpatch.masks import expand
 from flashpatch.patches.interface import is_causal, read_call, why_blocked
 from flashpatch.registry import Patch, register
+from flashpatch_kernels.engines import Reason
 
 SLOW_BUT_EXACT = Reason(
     "SLOW_BUT_EXACT", "slow_but_exact asks for the original's own sums over tensor-parallel ranks"

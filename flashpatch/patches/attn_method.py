@@ -10,13 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from flashpatch_kernels.masks import Band, Intervals, Mask, intersect
 from torch import Tensor, nn
 
 from flashpatch.dispatch import DEFAULT, Settings, attend, fall_back
 from flashpatch.masks import expand
 from flashpatch.patches.interface import is_causal, read_call, why_blocked
 from flashpatch.registry import Patch, register
+from flashpatch_kernels.masks import Band, Intervals, Mask, intersect
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from flashpatch_kernels import masks
-from flashpatch_kernels.engines import Reason
-from flashpatch_kernels.masks import Band, Mask
-from flashpatch_kernels.options import Options
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -32,6 +28,10 @@ from flashpatch.dispatch import (
 )
 from flashpatch.masks import expand, fpatch_mask, separate, unpack
 from flashpatch.registry import Patch, register
+from flashpatch_kernels import masks
+from flashpatch_kernels.engines import Reason
+from flashpatch_kernels.masks import Band, Mask
+from flashpatch_kernels.options import Options
 
 KEY = "fpatch"
 

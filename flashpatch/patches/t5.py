@@ -53,13 +53,23 @@ def zero(
     return torch.zeros((1, 1, 1, 1), device=device)
 
 
+def _has_bias(module: nn.Module) -> bool:
+    """Whether the module has a bias of its own: the flag may have been replaced."""
+    return hasattr(module, "relative_attention_bias")
+
+
 def _compute_bias(module: nn.Module) -> Any:
-    return partial(table if module.has_relative_attention_bias else zero, module)
+    return partial(table if _has_bias(module) else zero, module)
 
 
-def _has_relative_attention_bias(module: nn.Module) -> Any:
+def _flag(module: nn.Module) -> Any:
     """True, so that modules without a bias ask `compute_bias` for it."""
-    return KEEP if module.has_relative_attention_bias else True
+    return KEEP if _has_bias(module) else True
+
+
+def _is_causal(module: nn.Module) -> Any:
+    """True for self-attention in decoders, of which transformers 5.17 says it is not for UMT5."""
+    return True if module.is_decoder and _has_bias(module) and not module.is_causal else KEEP
 
 
 for _name in CLASSES:
@@ -68,7 +78,8 @@ for _name in CLASSES:
             f"transformers.models.{_name}",
             swaps={
                 "compute_bias": _compute_bias,
-                "has_relative_attention_bias": _has_relative_attention_bias,
+                "is_causal": _is_causal,
+                "has_relative_attention_bias": _flag,
             },
         )
     )

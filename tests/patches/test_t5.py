@@ -115,6 +115,19 @@ def test_a_part_of_the_model_can_be_served_alone(only):
     assert_same_step(step(model, **batch()), expected)
 
 
+def test_applying_again_changes_what_is_served_and_nothing_else():
+    model = build()
+    expected = step(model, **batch())
+    attributes = {n: dict(vars(m)) for n, m in model.named_modules()}
+    for patterns in ({}, {"only": "encoder.*"}, {"skip": "*.block.0.*"}, {}):
+        flashpatch.apply(model, on_fallback=forbid, **patterns)
+        assert_same_step(step(model, **batch()), expected)
+    flashpatch.revert(model)
+    for name, module in model.named_modules():
+        assert vars(module).keys() == attributes[name].keys()
+        assert all(vars(module)[key] is value for key, value in attributes[name].items())
+
+
 @pytest.mark.parametrize("patterns", [{}, {"only": "encoder.*"}])
 def test_calls_that_fall_back_get_the_matrix(patterns):
     model = build()
