@@ -67,7 +67,7 @@ def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def attn(
     kind: Kind,
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
