@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
-from flashpatch_kernels.engines import Reason
 from torch import nn
 
 import flashpatch.patches  # noqa: F401  (fills the registry)
@@ -21,6 +21,7 @@ from flashpatch.packing import unwatch, watch
 from flashpatch.patches.interface import KEY
 from flashpatch.registry import KEEP, Patch, find
 from flashpatch.report import Report, Row, describe
+from flashpatch_kernels.engines import Reason
 
 Patterns = str | Sequence[str] | None
 
@@ -296,6 +297,22 @@ def _swap(found: Found) -> None:
         value = KEEP if _slot(found.module, attribute) in done else swap(found.module)
         if value is not KEEP:
             _place(found.module, _slot(found.module, attribute), value)
+    if found.patch.swaps and _REPLICATE not in done:
+        _place(found.module, _REPLICATE, partial(_replicate, found.module))
+
+
+_REPLICATE = "_replicate_for_data_parallel"
+
+
+def _replicate(module: nn.Module) -> nn.Module:
+    """The copy of a module that `nn.DataParallel` makes for a device, with methods of its own."""
+    replica = type(module)._replicate_for_data_parallel(module)
+    own = vars(replica)
+    for attribute, value in own.items():
+        if isinstance(value, partial) and any(a is module for a in value.args):
+            args = (replica if a is module else a for a in value.args)
+            own[attribute] = partial(value.func, *args)
+    return replica
 
 
 def _slot(module: nn.Module, attribute: str) -> str:

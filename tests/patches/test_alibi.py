@@ -93,6 +93,17 @@ def test_a_copy_of_a_patched_model_uses_its_own_weights(copied):
     torch.testing.assert_close(patched, other(TOKENS).logits)
 
 
+def test_the_replicas_of_data_parallel_use_their_own_weights():
+    model = build()
+    flashpatch.apply(model, on_fallback=forbid)
+    module = model.transformer.h[0].self_attention
+    replica = module._replicate_for_data_parallel()
+    assert replica.forward.args == (replica,)
+    assert module.forward.args == (module,)
+    flashpatch.revert(model)
+    assert "_replicate_for_data_parallel" not in vars(module)
+
+
 @pytest.mark.parametrize("hooked_first", [True, False])
 def test_hooks_of_accelerate_compose_in_both_orders(hooked_first):
     calls = []
