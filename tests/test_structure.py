@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
@@ -187,6 +187,13 @@ def test_names_load_from_where_type_checkers_find_them():
 def test_the_version_is_one():
     assert flashpatch.__version__ == version("flashpatch")
     assert f"## {flashpatch.__version__}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_every_requirement_has_its_tested_version():
+    text = (ROOT / "constraints.txt").read_text("utf-8")
+    pinned = re.findall(r"^([a-z0-9-]+)==[^;*\n]+(?:;.*)?$", text, re.MULTILINE)
+    wanted = {re.split(r"[^\w.-]", r, maxsplit=1)[0].lower() for r in requires("flashpatch") or ()}
+    assert wanted - {"flashpatch"} <= set(pinned)
 
 
 def project_texts() -> Iterator[tuple[Path, str]]:
