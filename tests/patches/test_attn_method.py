@@ -119,6 +119,15 @@ def test_hooks_of_accelerate_compose_in_both_orders(build, hooked_first):
     assert not any("_attn" in vars(m) for m in attention)
 
 
+def test_packed_documents_are_kept_apart_when_asked():
+    model = gptj()
+    alone = [model(TOKENS[:1, :7]).logits, model(TOKENS[:1, 7:]).logits]
+    positions = torch.cat((torch.arange(7), torch.arange(10)))[None]
+    flashpatch.apply(model, on_fallback=forbid, packing="position_ids")
+    packed = model(TOKENS[:1], position_ids=positions, use_cache=True).logits
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1))
+
+
 def test_a_window_is_counted_from_the_position_of_each_query():
     key = torch.empty(1, 1, 12, 8)
     band = within_window(Band(), 5, 1, key)

@@ -208,11 +208,11 @@ def build(name: str, attention: str = "eager", **more: Any) -> Any:
     return model.eval()
 
 
-def token_mask(padding: str | None) -> torch.Tensor | None:
+def token_mask(padding: str | None, length: int) -> torch.Tensor | None:
     """Two sequences, one of them five tokens shorter: bool [B, N]."""
     if padding is None:
         return None
-    mask = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    mask = torch.ones(BATCH, length, dtype=torch.bool)
     mask[1, slice(0, 5) if padding == "left" else slice(-5, None)] = False
     return mask
 
@@ -222,7 +222,7 @@ def inputs_of(name: str, padding: str | None = None, length: int = LENGTH) -> di
     kind = FAMILIES[name].kind
     draw = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, 60, (BATCH, length), generator=draw)
-    mask = token_mask(padding)
+    mask = token_mask(padding, length)
     inputs: dict[str, Any] = {}
     if kind in ("tokens", "pairs", "crossing", "both"):
         inputs["input_ids"] = tokens
@@ -233,15 +233,15 @@ def inputs_of(name: str, padding: str | None = None, length: int = LENGTH) -> di
     if kind in ("pixels", "both"):
         inputs["pixel_values"] = torch.randn(BATCH, 3, 8, 8, generator=draw)
     if kind == "crossing":
-        inputs["encoder_hidden_states"] = torch.randn(BATCH, LENGTH, 32, generator=draw)
+        inputs["encoder_hidden_states"] = torch.randn(BATCH, length, 32, generator=draw)
         if mask is not None:
             inputs["encoder_attention_mask"] = mask.long()
     if kind == "speech":
         inputs["input_features"] = torch.randn(BATCH, 8, 30, generator=draw)
     if kind in ("pairs", "speech"):
-        inputs["decoder_input_ids"] = tokens.flip(1)[:, :7]
+        inputs["decoder_input_ids"] = tokens.flip(1)[:, : (length + 1) // 2]
         if mask is not None:
-            inputs["decoder_attention_mask"] = mask[:, :7].long()
+            inputs["decoder_attention_mask"] = mask[:, : (length + 1) // 2].long()
     return inputs
 
 
@@ -312,6 +312,21 @@ def test_outputs_and_all_gradients_equal_those_of_eager_attention(
     least = max(float(g.abs().max()) for g in expected_gradients.values()) / 100
     for parameter, gradient in gradients.items():
         assert error(gradient, expected_gradients[parameter], least) < 5e-5, parameter
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("name", ["bert", "bloom", "gpt_neo", "gpt_oss", "mistral", "t5"])
+def test_sequences_of_several_tiles_give_the_same_gradients(name, padding, monkeypatch):
+    model = build(name, max_position_embeddings=640)
+    inputs = inputs_of(name, padding, length=600)
+    expected, expected_gradients = step(model, inputs)
+    flashpatch.apply(model, on_fallback=forbid)
+    with engine(monkeypatch, "tiled"):
+        output, gradients = step(model, inputs)
+    assert error(output, expected) < 2e-5
+    least = max(float(g.abs().max()) for g in expected_gradients.values()) / 100
+    for parameter, gradient in gradients.items():
+        assert error(gradient, expected_gradients[parameter], least) < 1e-4, parameter
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
