@@ -69,7 +69,7 @@ def attention(
         scale: Factor on the products; None means D ** -0.5.
         softcap: Bound on the scores: s becomes softcap * tanh(s / softcap), before the biases.
         table: One bias per head and distance: entry j - i + N - 1 for query i and key j.
-        bias: Added to the scores.
+        bias: Added to the scores. One below -1e38 hides its key, as -inf does.
         sinks: One logit per head that takes weight and gives no value.
         dropout: Probability that a weight is dropped. Its mask comes from a seed that is drawn
             from torch's generator.

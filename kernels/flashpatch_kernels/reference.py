@@ -10,6 +10,9 @@ from flashpatch_kernels import dropout
 from flashpatch_kernels.masks import allowed
 from flashpatch_kernels.options import Options
 
+# A bias below this hides its key, as -inf does: float32's lowest number is used for that.
+HIDES = -1e38
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """softmax(cap(q k^T * scale) + table + bias, sinks) v, and the log-sum-exp of its scores.
@@ -28,7 +31,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor
     if options.table is not None:
         s = s + dense_table(options.table.double(), n_queries, n_keys)
     if options.bias is not None:
-        s = s + options.bias.double()
+        bias = options.bias.double()
+        s = s + bias.masked_fill(bias < HIDES, -torch.inf)
     s = s.masked_fill(~allowed(options.mask, n_queries, n_keys, q.device), -torch.inf)
 
     sinks = s.new_full((heads,), -torch.inf) if options.sinks is None else options.sinks.double()
