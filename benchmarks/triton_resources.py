@@ -1,0 +1,231 @@
+"""What the Triton kernels need of a card, found without one: registers, spills, shared memory.
+
+`record` makes a call's launches without running them, `compile_launch` compiles one for a target,
+and `resources` reads registers and local memory from the machine code. As a script it prints a
+table: `python benchmarks/triton_resources.py 64 128 --dtype bfloat16`.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from flashpatch_kernels import tuning
+from flashpatch_kernels.masks import Band, Intervals, Mask
+from flashpatch_kernels.options import Options
+from flashpatch_kernels.triton import backward, forward, launching
+from flashpatch_kernels.tuning import Tile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
+
+
+class Launch(NamedTuple):
+    """One launch that was not made."""
+
+    kernel: Any
+    n_programs: int
+    tile: Tile
+    arguments: tuple[Any, ...]
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel needs.
+
+    Attributes:
+        registers: Per thread.
+        local_bytes: Local memory per thread: what did not fit in registers.
+        hot_spills: Loads and stores of local memory within the loops over tiles that are wholly
+            seen, where they would cost time.
+        shared_bytes: Per program.
+        mma: Tensor core instructions.
+    """
+
+    registers: int
+    local_bytes: int
+    hot_spills: int
+    shared_bytes: int
+    mma: int
+
+
+def masks(n: int, device: str = "meta") -> dict[str, Mask]:
+    """One mask for every variant of the kernels."""
+    bounds = torch.empty(2, n, 2, dtype=torch.int32, device=device)
+    runs = torch.empty(2, n, dtype=torch.int32, device=device)
+    return {"band": Band(), "intervals": Intervals(bounds), "runs": Intervals(bounds, runs)}
+
+
+@contextmanager
+def recording(arch: str, tiles: dict[str, Tile] | None = None) -> Iterator[list[Launch]]:
+    """Within, launches are listed instead of made, for a card of the architecture.
+
+    Args:
+        tiles: Tiles by pass that replace the table's.
+    """
+    launches: list[Launch] = []
+    table = tuning.tile
+
+    def tile(arch: str, dtype: torch.dtype, size: int, name: Any, *, aligned: bool = True) -> Tile:
+        chosen = (tiles or {}).get(name)
+        return chosen or table(arch, dtype, size, name, aligned=aligned)
+
+    def launch(kernel: Any, n_programs: int, tile: Tile, *arguments: Any) -> None:
+        launches.append(Launch(kernel, n_programs, tile, arguments))
+
+    with (
+        mock.patch.object(launching, "launch", launch),
+        mock.patch.object(tuning, "architecture", lambda device: arch),  # noqa: ARG005
+        mock.patch.object(tuning, "tile", tile),
+    ):
+        yield launches
+
+
+def record(
+    arch: str,
+    dtype: torch.dtype,
+    size: int,
+    *,
+    mask: str = "band",
+    value_size: int | None = None,
+    group: int = 1,
+    aligned: bool = True,
+    needs: str = "qkv",
+    passes: tuple[str, ...] = ("forward", "backward"),
+    tiles: dict[str, Tile] | None = None,
+) -> list[Launch]:
+    """The launches of a forward and a backward of head size `size`."""
+    n, heads, dv = 1024, 2 * group, value_size or size
+    extra = 0 if aligned else 1
+
+    def tensor(h: int, d: int) -> torch.Tensor:
+        whole = torch.empty(2, n, h, d + extra, dtype=dtype, device="meta")
+        return whole[..., :d].transpose(1, 2)
+
+    q, k, v = tensor(heads, size), tensor(2, size), tensor(2, dv)
+    options = Options(mask=masks(n)[mask], scale=size**-0.5)
+    with recording(arch, tiles) as launches:
+        out, lse = forward(q, k, v, options)
+        if "forward" not in passes:
+            launches.clear()
+        if "backward" in passes:
+            backward(tensor(heads, dv), None, q, k, v, out, lse, options, frozenset(needs))
+    return launches
+
+
+def compile_launch(launch: Launch, capability: int = 90) -> Any:
+    """The kernel of a launch, compiled for a compute capability."""
+    kernel, _, tile, arguments = launch
+    constant = {p.name for p in kernel.params if p.is_constexpr}
+    signature, constants, attributes = {}, {}, {}
+    for at, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=True)):
+        if name in constant or value is None:
+            signature[name] = "constexpr"
+            constants[(at,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                attributes[(at,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(compiled: Any) -> Resources:
+    """Registers, local and shared memory, from the machine code."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        usage = tool("cuobjdump", "-res-usage", binary)
+        code = tool("nvdisasm", "-c", binary)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    instructions, loops = parse(code)
+    hot = [loop for loop in loops if is_innermost(loop, loops)]
+    # Of the loops with products the shortest is the one that tests no element.
+    with_mma = [loop for loop in hot if count(instructions[loop[0] : loop[1]], MMA)]
+    hottest = min(with_mma, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+    return Resources(
+        int(found[1]),
+        int(found[2]),
+        count(instructions[hottest[0] : hottest[1]], ("LDL", "STL")),
+        compiled.metadata.shared,
+        count(instructions, MMA),
+    )
+
+
+MMA = ("HGMMA", "HMMA")
+
+
+def tool(name: str, *arguments: Any) -> str:
+    """What one of the tools that come with Triton prints."""
+    command = [str(TOOLS / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def parse(code: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """Names of the instructions, and the loops as ranges of them."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for line in code.splitlines():
+        if label := re.match(r"^(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = len(instructions)
+        elif op := re.match(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z0-9_]+)(.*)", line):
+            instructions.append(op[1])
+            target = re.search(r"\.L_x_\d+", op[2])
+            if op[1] == "BRA" and target and target[0] in labels:
+                loops.append((labels[target[0]], len(instructions)))
+    return instructions, loops
+
+
+def is_innermost(loop: tuple[int, int], loops: list[tuple[int, int]]) -> bool:
+    """Whether no other loop lies within."""
+    return not any(loop != o and loop[0] <= o[0] and o[1] <= loop[1] for o in loops)
+
+
+def count(instructions: list[str], names: tuple[str, ...]) -> int:
+    """How many of the instructions have one of the names."""
+    return sum(name in names for name in instructions)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sizes", type=int, nargs="+")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--mask", default="band", choices=list(masks(1)))
+    parser.add_argument("--arch", default="sm90")
+    parser.add_argument("--unaligned", action="store_true")
+    parser.add_argument("--group", type=int, default=1)
+    arguments = parser.parse_args()
+    print("triton", triton.__version__)
+    for size in arguments.sizes:
+        launches = record(
+            arguments.arch,
+            getattr(torch, arguments.dtype),
+            size,
+            mask=arguments.mask,
+            aligned=not arguments.unaligned,
+            group=arguments.group,
+        )
+        for launch in launches:
+            start = time.perf_counter()
+            capability = int(arguments.arch.removeprefix("sm"))
+            found = resources(compile_launch(launch, capability))
+            seconds = time.perf_counter() - start
+            print(size, launch.kernel.__name__, launch.tile, found, f"{seconds:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+"""Engine `triton`: forward and backward as Triton kernels, for any GPU that Triton knows.
+
+Two functions, with the contract that every engine has; the mask may be a Band or Intervals.
+"""
+
+from flashpatch_kernels.triton.backward_pass import backward
+from flashpatch_kernels.triton.forward_pass import forward
+
+__all__ = ["backward", "forward"]

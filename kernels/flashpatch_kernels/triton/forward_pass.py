@@ -1,0 +1,136 @@
+"""Forward: softmax(q k^T * scale) v, a tile of queries at a time over tiles of keys.
+
+For each tile of keys, in base 2 with qk_scale = scale * log2(e):
+    s = q k^T * qk_scale                     m' = max(m, rowmax(s))
+    p = 2^(s - m')                           l  = 2^(m - m') l + rowsum(p)
+    o = 2^(m - m') o + p v                   m  = m'
+and at the end o / l and lse = ln(2) (m + log2(l)), a natural logarithm.
+
+Letters: B batch, H query heads, N queries, M keys, D head size of q and k, Dv of v; a program owns
+BM queries of one head and reads BN keys at a time.
+
+Source: Dao, FlashAttention-2 (2023), Algorithm 1.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashpatch_kernels.options import Options
+from flashpatch_kernels.triton import launching, tile_masks, tiles
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+# Values that vary from call to call: one compilation serves them all.
+RUNTIME = (
+    "q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row o_batch o_head o_row "
+    "n_batch n_heads group n_queries n_keys wave qk_scale "
+    "left right offset bounds_batch bounds_row runs_batch"
+).split()
+
+
+@triton.jit
+def forward_step(
+    m, l, acc, q, keys, values, n, lo, hi, mask, batch, n_keys, qk_scale,
+    RUNS: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Takes the keys n .. n + BN into account."""
+    k = tiles.load(keys, 0, n, C.BN, C.D, C.D0, C.D1, C.TMA, MASKED)
+    s = tiles.inner(q, k, C)  # [BM, BN]
+    if not C.FOLD:
+        s = s * qk_scale
+    if MASKED:
+        s = tl.where(tile_masks.visible(lo, hi, n, mask, batch, n_keys, C.BN, RUNS), s, float("-inf"))
+    p, m, l, alpha = tiles.softmax_step(s, m, l, qk_scale, C.FOLD)
+    v = tiles.load(values, 0, n, C.BN, C.DV, C.V0, C.V1, C.TMA, MASKED)
+    acc = tiles.add_product(tiles.scaled(acc, alpha[:, None]), p, v, C)
+    return m, l, acc
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def forward_kernel(
+    Q, K, V, O, LSE,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
+    n_batch, n_heads, group, n_queries, n_keys, wave, qk_scale,
+    left, right, offset, bounds, bounds_batch, bounds_row, runs, runs_batch,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, RUNS: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries. Strides come in units of C.UNIT elements, so that alignment is known."""
+    mask = (left, right, offset, bounds, bounds_batch, bounds_row, runs, runs_batch)
+    tile, bh = tiles.place(
+        tl.program_id(0), tl.cdiv(n_queries, C.BM), n_batch * n_heads, wave, DESCENDING=True
+    )
+    batch = bh // n_heads
+    b = tl.cast(batch, tl.int64)
+    h = tl.cast(bh % n_heads, tl.int64)
+    start = tile * C.BM
+    t0, t1, t2, t3 = KEYS(mask, batch, start, n_queries, n_keys, C.BM, C.BN, RUNS)
+
+    Q += (b * q_batch + h * q_head) * C.UNIT
+    K += (b * k_batch + h // group * k_head) * C.UNIT
+    V += (b * v_batch + h // group * v_head) * C.UNIT
+    O += (b * o_batch + h * o_head) * C.UNIT
+    k_row = k_row * C.UNIT
+    v_row = v_row * C.UNIT
+    q_row = q_row * C.UNIT
+    queries = tiles.matrices(Q, q_row, q_row, 1, n_queries, C.BM, C.D, C.D0, C.D1, C.TMA)
+    keys = tiles.matrices(K, k_row, k_row, 1, n_keys, C.BN, C.D, C.D0, C.D1, C.TMA)
+    values = tiles.matrices(V, v_row, v_row, 1, n_keys, C.BN, C.DV, C.V0, C.V1, C.TMA)
+
+    q = tiles.load(queries, 0, start, C.BM, C.D, C.D0, C.D1, C.TMA, True)
+    m, l = tiles.softmax_start(C.BM)
+    acc = tiles.zeros(C.BM, C.V0, C.V1)
+    for n in tl.range(t1 * C.BN, t2 * C.BN, C.BN):
+        m, l, acc = forward_step(
+            m, l, acc, q, keys, values, n, None, None, mask, batch, n_keys, qk_scale, RUNS, C, False
+        )
+    i = start + tl.arange(0, C.BM)
+    lo, hi = ROWS(mask, batch, i, n_queries, n_keys)
+    for t in tl.range(0, t1 - t0 + t3 - t2):
+        n = tile_masks.edge_tile(t, t0, t1, t2) * C.BN
+        m, l, acc = forward_step(
+            m, l, acc, q, keys, values, n, lo, hi, mask, batch, n_keys, qk_scale, RUNS, C, True
+        )
+
+    # A row that sees no key has l = 0: it gives 0 and -inf.
+    inverse = tl.where(l > 0, 1.0 / l, 0.0)
+    lse = (m + tl.math.log2(l)) * LN2
+    tl.store(LSE + tl.cast(bh, tl.int64) * n_queries + i, lse, mask=i < n_queries)
+    o = tiles.scaled(acc, inverse[:, None])
+    tiles.store(O, o_row * C.UNIT, start, n_queries, o, C.BM, C.DV, C.V0, C.V1)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T * scale) v and the natural logarithm of the softmax's sums.
+
+    Returns:
+        Output (B, H, N, Dv), laid out as (B, N, H, Dv), and lse, fp32 (B, H, N).
+    """
+    n_batch, n_heads, n_queries, _ = q.shape
+    kv_heads, n_keys, dv = v.shape[1:]
+    out = q.new_empty(n_batch, n_queries, n_heads, dv).transpose(1, 2)
+    lse = q.new_empty(n_batch, n_heads, n_queries, dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    if n_keys == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    q, k, v = launching.readable(q), launching.readable(k), launching.readable(v)
+    group = n_heads // kv_heads
+    scale = float(options.scale)
+    mask = launching.mask_code(options.mask)
+    fixed, tile = launching.constants("forward", q, v, scale, launching.unit_of(q, k, v, out))
+    row_bytes = (fixed.D + fixed.DV) * q.element_size()
+    with launching.on(q.device):
+        launching.launch(
+            forward_kernel,
+            triton.cdiv(n_queries, tile.BM) * n_batch * n_heads,
+            tile,
+            q, k, v, out, lse,
+            *(s // fixed.UNIT for t in (q, k, v, out) for s in launching.strides(t)),
+            n_batch, n_heads, group, n_queries, n_keys, launching.wave(n_keys, row_bytes, group),
+            scale * launching.LOG2E,
+            *mask.arguments,
+            mask.rows, mask.keys, mask.has_runs, fixed,
+        )  # fmt: skip
+    return out, lse

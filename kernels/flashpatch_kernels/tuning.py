@@ -1,0 +1,96 @@
+"""Tile sizes of the Triton kernels: one table, by architecture, type, pass and head size.
+
+Never by length, and never searched at run time: one compilation of a kernel serves every length.
+Kept apart from the kernels because it is all that knows about cards. Rows for Hopper ("sm90") were
+measured on an H200 (triton/LOG.md); the others follow from registers and shared memory, by
+compiling for those targets.
+"""
+
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+
+Pass = Literal["forward", "stats", "dkdv", "dq"]
+
+
+class Tile(NamedTuple):
+    """How one pass is cut: BM queries by BN keys, and how a program runs.
+
+    Attributes:
+        warps: Warps in a program.
+        stages: Tiles in flight, the depth of the software pipeline.
+        tma: Read tiles by Hopper's bulk copy engine, where alignment allows.
+    """
+
+    BM: int
+    BN: int
+    warps: int
+    stages: int
+    tma: bool = False
+
+
+# Keys and values of the heads that are worked on together should stay in the L2 cache.
+WAVE_BYTES = 32 << 20
+
+# (architecture, kind of type, pass) -> rows (largest head size, tile), in rising order.
+TABLE: dict[tuple[str, str, Pass], tuple[tuple[int, Tile], ...]] = {
+    ("sm90", "half", "forward"): (
+        (64, Tile(128, 64, 4, 3, tma=True)),
+        (128, Tile(128, 64, 4, 2, tma=True)),
+        (256, Tile(128, 64, 8, 2, tma=True)),
+    ),
+    ("sm90", "half", "dkdv"): (
+        (128, Tile(64, 128, 8, 2, tma=True)),
+        (256, Tile(32, 64, 8, 2, tma=True)),
+    ),
+    ("sm90", "half", "dq"): (
+        (128, Tile(128, 128, 8, 2, tma=True)),
+        (192, Tile(128, 64, 8, 1, tma=True)),
+        (256, Tile(128, 32, 8, 2, tma=True)),
+    ),
+    ("any", "half", "forward"): (
+        (64, Tile(64, 64, 4, 2)),
+        (128, Tile(64, 32, 4, 2)),
+        (256, Tile(64, 32, 8, 2)),
+    ),
+    ("any", "half", "dkdv"): (
+        (64, Tile(32, 64, 4, 2)),
+        (128, Tile(32, 64, 8, 1)),
+        (256, Tile(32, 32, 8, 1)),
+    ),
+    ("any", "half", "dq"): (
+        (64, Tile(64, 32, 4, 2)),
+        (128, Tile(64, 32, 8, 1)),
+        (256, Tile(32, 32, 8, 1)),
+    ),
+    ("any", "float", "forward"): ((64, Tile(32, 32, 4, 1)), (256, Tile(32, 32, 8, 1))),
+    ("any", "float", "dkdv"): ((64, Tile(32, 32, 4, 1)), (256, Tile(16, 32, 8, 1))),
+    ("any", "float", "dq"): ((64, Tile(32, 32, 4, 1)), (256, Tile(32, 16, 8, 1))),
+    ("any", "half", "stats"): ((64, Tile(64, 64, 4, 1)), (256, Tile(16, 64, 4, 1))),
+    ("any", "float", "stats"): ((64, Tile(32, 64, 4, 1)), (256, Tile(16, 64, 4, 1))),
+}
+
+
+@lru_cache
+def architecture(device: torch.device) -> str:
+    """The name under which the table knows a card."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "any"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+@lru_cache
+def tile(arch: str, dtype: torch.dtype, size: int, name: Pass, *, aligned: bool = True) -> Tile:
+    """The tile of one pass.
+
+    Args:
+        arch: As `architecture` gives it; one without rows takes those of "any".
+        size: Head size, the larger of D and Dv.
+        aligned: Every row starts at a multiple of 16 bytes. If not, loads are narrow, need many
+            registers, and take the small tiles.
+    """
+    kind = "float" if dtype == torch.float32 else "half"
+    rows = TABLE.get((arch, kind, name)) if aligned else None
+    return next(t for most, t in rows or TABLE["any", kind, name] if size <= most)

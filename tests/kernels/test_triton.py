@@ -1,0 +1,206 @@
+"""The Triton kernels, in Triton's interpreter, against the equations.
+
+The interpreter must be chosen before Triton is imported, so it runs in a process of its own.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from flashpatch_kernels import reference
+from flashpatch_kernels.masks import Band, Intervals, documents, intersect, key_mask
+from flashpatch_kernels.options import Options
+
+# Reads pairs (name of a function of the engine, arguments) and writes what the function returns.
+WORKER = """
+import pickle, sys, warnings
+import torch
+from flashpatch_kernels import triton as engine
+warnings.simplefilter("ignore")  # NumPy's, of rows without a key: log2(0) and 1 / 0.
+torch.set_num_threads(1)
+answers, sys.stdout = sys.stdout.buffer, sys.stderr
+while True:
+    name, arguments = pickle.load(sys.stdin.buffer)
+    pickle.dump(getattr(engine, name)(*arguments), answers)
+    answers.flush()
+"""
+
+
+@dataclass
+class Interpreter:
+    """The engine, in a process where `triton.jit` gives Python functions."""
+
+    process: subprocess.Popen
+
+    def __call__(self, name, *arguments):
+        pickle.dump((name, arguments), self.process.stdin)
+        self.process.stdin.flush()
+        return pickle.load(self.process.stdout)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", WORKER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        yield Interpreter(process)
+        process.stdin.close()
+        process.terminate()
+
+
+def views(shape, dtype, generator):
+    """A (B, H, N, D) view of (B, N, H, D + 3) memory whose gaps are NaN."""
+    b, h, n, d = shape
+    whole = torch.full((b, n, h, d + 3), torch.nan, dtype=dtype)
+    whole[..., :d] = torch.randn(b, n, h, d, generator=generator)
+    return whole[..., :d].transpose(1, 2)
+
+
+def padding(n):
+    """Two rows of keys: one padded on the left, one on the right with holes."""
+    visible = torch.ones(2, n, dtype=torch.bool)
+    visible[0, : n // 3] = False
+    visible[1, n - n // 4 :] = False
+    visible[1, 5:9] = False
+    return key_mask(visible)
+
+
+def packed(n):
+    """Three documents in a row, causal within each."""
+    ids = (torch.arange(n) >= n // 2).int() + (torch.arange(n) >= n // 2 + 3).int()
+    return intersect(documents(ids[None]), Band(right=0), n, n, "cpu")
+
+
+def two_packings(n):
+    """Rows with bounds of their own, some of them empty."""
+    lo = torch.stack((torch.arange(n) // 2, torch.arange(n).flip(0) // 3))
+    hi = torch.stack((torch.arange(n), torch.arange(n).flip(0)))
+    return Intervals(torch.stack((lo, hi), dim=-1).int())
+
+
+MASKS = {
+    "full": lambda n, m: Band(),
+    "causal": lambda n, m: Band(right=0, offset=m - n),
+    "window": lambda n, m: Band(left=9, right=0, offset=m - n),
+    "band": lambda n, m: Band(left=20, right=7),
+    "shifted": lambda n, m: Band(left=-2, right=30),
+    "padding": lambda n, m: padding(m),
+    "padding, causal": lambda n, m: intersect(padding(m), Band(right=0, offset=m - n), n, m, "cpu"),
+    "documents": lambda n, m: packed(n),
+    "two packings": lambda n, m: two_packings(n),
+}
+
+
+def case(mask, *, heads=1, group=1, n=70, m=70, d=16, dv=16, dtype=torch.float32, scale=None):
+    """Inputs of a call: q, k, v, dout, dlse, options."""
+    generator = torch.Generator().manual_seed(0)
+    q = views((2, heads, n, d), dtype, generator)
+    k = views((2, heads // group, m, d), dtype, generator)
+    v = views((2, heads // group, m, dv), dtype, generator)
+    dout = views((2, heads, n, dv), dtype, generator)
+    dlse = torch.randn(2, heads, n, generator=generator)
+    options = Options(mask=MASKS[mask](n, m), scale=d**-0.5 if scale is None else scale)
+    return q, k, v, dout, dlse, options
+
+
+def expected(q, k, v, dout, dlse, options):
+    """Output, lse and gradients in float64."""
+    q, k, v = (t.detach().double().requires_grad_() for t in (q, k, v))
+    out, lse = reference.attention(q, k, v, options)
+    seen = lse.detach() > -torch.inf
+    loss = (out * dout).sum() + (torch.where(seen, lse, 0) * dlse).sum()
+    return out.detach(), lse.detach(), torch.autograd.grad(loss, (q, k, v))
+
+
+def check(engine, q, k, v, dout, dlse, options):
+    """Compares all that a call and its gradient give with the equations."""
+    # The interpreter rounds towards zero, hence a whole unit in the last place and not a half.
+    tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[q.dtype]
+    out, lse = engine("forward", q, k, v, options)
+    needs = frozenset({"q", "k", "v"})
+    grads = engine("backward", dout, dlse, q, k, v, out, lse, options, needs)
+    true_out, true_lse, true_grads = expected(q, k, v, dout, dlse, options)
+    assert out.dtype == q.dtype
+    assert out.transpose(1, 2).is_contiguous()
+    assert torch.equal(lse == -torch.inf, true_lse == -torch.inf)
+    seen = true_lse > -torch.inf
+    assert (lse - true_lse)[seen].abs().max() < 1e-5
+    assert not out[~seen].any()
+    for found, true in zip((out, *grads.values()), (true_out, *true_grads), strict=True):
+        assert found.shape == true.shape
+        assert (found.double() - true).norm() <= tolerance * true.norm()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_mask_gives_the_equations_output_and_gradients(engine, mask):
+    check(engine, *case(mask))
+
+
+@pytest.mark.parametrize("group", [2, 4])
+@pytest.mark.parametrize("mask", ["causal", "padding, causal"])
+def test_query_heads_share_key_heads(engine, mask, group):
+    check(engine, *case(mask, heads=4, group=group, n=40, m=40))
+
+
+@pytest.mark.parametrize("sizes", [(1, 40), (40, 1), (33, 65), (65, 33)])
+def test_lengths_that_divide_nothing(engine, sizes):
+    check(engine, *case("causal", n=sizes[0], m=sizes[1]))
+
+
+@pytest.mark.parametrize("d", [20, 24, 40, 48, 72, 96])
+def test_head_sizes_are_covered_by_two_chunks(engine, d):
+    check(engine, *case("causal", n=33, m=33, d=d, dv=d))
+
+
+def test_values_may_have_another_head_size(engine):
+    check(engine, *case("full", n=33, m=40, d=48, dv=16))
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.4, 0.0])
+def test_the_scale_may_be_anything(engine, scale):
+    check(engine, *case("causal", n=33, m=33, scale=scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(engine, dtype):
+    check(engine, *case("padding, causal", dtype=dtype, n=40, m=40))
+
+
+def test_a_last_dimension_with_a_stride(engine):
+    q, k, v, dout, dlse, options = case("causal", n=33, m=33)
+    q, k, v, dout = (t.mT.contiguous().mT for t in (q, k, v, dout))
+    check(engine, q, k, v, dout, dlse, options)
+
+
+def test_expanded_keys_and_a_gradient_of_ones(engine):
+    q, k, v, dout, dlse, options = case("causal", n=33, m=33)
+    k, v = (t[:1, :1].expand(t.shape) for t in (k, v))
+    check(engine, q, k, v, torch.ones(()).expand(dout.shape), dlse, options)
+
+
+def test_only_the_gradients_that_are_asked_for(engine):
+    q, k, v, dout, _, options = case("full", n=20, m=20)
+    out, lse = engine("forward", q, k, v, options)
+    for needs in ("q", "k", "v"):
+        grads = engine(
+            "backward", dout, None, q, k, v, out, lse, options, frozenset(needs)
+        )
+        assert set(grads) == {needs}
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0)])
+def test_empty_sequences(engine, sizes):
+    q, k, v, dout, dlse, options = case("full", n=sizes[0], m=sizes[1])
+    out, lse = engine("forward", q, k, v, options)
+    assert out.shape == dout.shape
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+    needs = frozenset({"q", "k", "v"})
+    grads = engine("backward", dout, dlse, q, k, v, out, lse, options, needs)
+    assert [g.shape for g in grads.values()] == [q.shape, k.shape, v.shape]
+    assert not any(g.any() for g in grads.values())
