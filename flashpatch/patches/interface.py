@@ -60,7 +60,6 @@ CLASSES = (
     "roberta.modeling_roberta.RobertaSelfAttention",
     "siglip.modeling_siglip.SiglipAttention",
     "vit.modeling_vit.ViTAttention",
-    "vit.modeling_vit.ViTSelfAttention",
     "whisper.modeling_whisper.WhisperAttention",
 )
 
