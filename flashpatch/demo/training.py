@@ -58,7 +58,7 @@ class Training:
 
 def measure(console: Console, device: torch.device, *, quick: bool = False) -> Training:
     """Trains both models step by step on the same bytes."""
-    steps, batch, context = (4, 2, 64) if quick else (300, 4, 256)
+    steps, batch, context = (4, 2, 144) if quick else (200, 4, 192)
     corpus = torch.frombuffer(bytearray(text.stream(2_000_000)), dtype=torch.uint8)
     training, unseen = corpus[:-50_000], corpus[-50_000:]
     models = {"stock": _model(context, device), "patched": _model(context, device)}
