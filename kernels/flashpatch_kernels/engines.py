@@ -9,7 +9,7 @@ Letters: B batch, H query heads, H_kv key heads, N queries, M keys, D head size,
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 import torch
@@ -64,7 +64,7 @@ class Call:
     head_size: int = 64
     value_size: int = 64
     mask: type[Band] | type[Intervals] | type[Boolean] = Band
-    band: Band | None = Band()
+    band: Band | None = field(default_factory=Band)
     one_row: bool = True
     softcap: bool = False
     table: bool = False

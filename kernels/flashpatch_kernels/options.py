@@ -1,6 +1,6 @@
 """One attention call's options, as the record that every engine takes beside q, k and v."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ class Options:
         seed: int64 [1], of the counter-based dropout mask; None when dropout is 0.
     """
 
-    mask: Mask = Band()
+    mask: Mask = field(default_factory=Band)
     scale: float = 1.0
     softcap: float | None = None
     table: Tensor | None = None
