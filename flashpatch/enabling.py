@@ -64,9 +64,7 @@ class _Enabled:
     settings: dict[str, Any] = field(default_factory=dict)
     on_apply: Callable[["nn.Module", "Report"], object] | None = None
     replaced: list[_Replaced] = field(default_factory=list)
-    reports: weakref.WeakKeyDictionary["nn.Module", "Report"] = field(
-        default_factory=weakref.WeakKeyDictionary
-    )
+    models: weakref.WeakSet["nn.Module"] = field(default_factory=weakref.WeakSet)
 
 
 _enabled: _Enabled | None = None
@@ -84,7 +82,7 @@ _BUILDING = _Building()
 
 
 def enable(
-    models: Iterable["nn.Module"] = (),
+    models: "nn.Module | Iterable[nn.Module]" = (),
     *,
     only: "Patterns" = None,
     skip: "Patterns" = None,
@@ -99,8 +97,8 @@ def enable(
     they are what their originals were. Enabling again replaces the settings for what follows.
 
     Args:
-        models: Models that exist already, or modules that contain some. One that `apply` has
-            patched before is left as it is.
+        models: A model that exists already, or several, or modules that contain some. One that
+            `apply` has patched before is left as it is.
         only: As for `apply`; names are those within each transformers model. Unlike there, a
             pattern may match nothing.
         skip: Likewise.
@@ -127,7 +125,8 @@ def enable(
             _watch_models()
         elif first:
             sys.meta_path.insert(0, _AFTER_IMPORT)
-        return [_patch(model, _enabled) for model in _outermost(models) if _may_patch(model)]
+        given: Any = [models] if hasattr(models, "named_modules") else models
+        return [_patch(model, _enabled) for model in _outermost(given) if _may_patch(model)]
 
 
 def disable() -> None:
@@ -144,16 +143,28 @@ def disable() -> None:
             return
         for change in reversed(enabled.replaced):
             change.put_back()
-        for model in list(enabled.reports):
+        for model in list(enabled.models):
             from flashpatch.patching import revert
 
             revert(model)
 
 
 def reports() -> list[tuple["nn.Module", "Report"]]:
-    """The models alive that were patched since `enable`, and what was done to each."""
+    """The models alive that were patched since `enable`, and what runs where in each now."""
     with _LOCK:
-        return list(_enabled.reports.items()) if _enabled is not None else []
+        models = list(_enabled.models) if _enabled is not None else []
+    if not models:
+        return []
+    from flashpatch.patching import report_of
+
+    return [(model, report_of(model)) for model in models]
+
+
+def title(model: "nn.Module") -> str:
+    """A model's class and device, as a title for its report, which holds for that device."""
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    place = f" on {', '.join(devices)}" if devices else ""
+    return f"{type(model).__name__}{place}"
 
 
 def _patch(model: "nn.Module", enabled: _Enabled) -> "Report":
@@ -162,7 +173,7 @@ def _patch(model: "nn.Module", enabled: _Enabled) -> "Report":
     settings = enabled.settings
     chosen = {name: matching(model, settings[name]) for name in ("only", "skip")}
     report = apply(model, **{**settings, **chosen})
-    enabled.reports[model] = report
+    enabled.models.add(model)
     if enabled.on_apply is not None:
         enabled.on_apply(model, report)
     return report
@@ -172,7 +183,7 @@ def _may_patch(model: "nn.Module") -> bool:
     """Whether the model is not one that the user has patched by hand."""
     from flashpatch.patching import patched_modules
 
-    return (_enabled is not None and model in _enabled.reports) or not patched_modules(model)
+    return (_enabled is not None and model in _enabled.models) or not patched_modules(model)
 
 
 def _outermost(modules: Iterable["nn.Module"]) -> list["nn.Module"]:

@@ -70,7 +70,7 @@ def _magic(line: str) -> None:
 
 
 def _show(model: "nn.Module", report: "Report") -> None:
-    _display(Note(type(model).__name__, report))
+    _display(Note(enabling.title(model), report))
 
 
 def _display(note: Note) -> None:

@@ -365,6 +365,17 @@ def _report(
 NO_PATCH = Reason("NO_PATCH", "no patch for this class")
 
 
+def report_of(model: nn.Module) -> Report:
+    """What runs where as the model is now: on another device, say, than when it was patched."""
+    found = [
+        replace(f, active=getattr(vars(f.module).get(_SETTINGS), "active", False))
+        for f in _find(model, None, None)
+    ]
+    blocked = _config_reasons(model, found)
+    kept = [f for f in found if id(f.config) not in blocked]
+    return _report(model, found, kept, blocked)
+
+
 def patched_modules(model: nn.Module) -> list[str]:
     """Names of the modules that flashpatch serves now."""
     return [

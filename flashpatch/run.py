@@ -74,10 +74,10 @@ class _Narrator:
         self.built = 0
         self.served = 0
 
-    def tell(self, model: object, report: Any) -> None:
+    def tell(self, model: Any, report: Any) -> None:
         self.built += 1
         self.served += report.served
-        _LOG.info("%s: %s", type(model).__name__, report)
+        _LOG.info("%s: %s", enabling.title(model), report)
 
     def sum_up(self) -> None:
         if not self.built:

@@ -351,6 +351,29 @@ def test_models_that_exist_can_be_handed_in_alone_or_inside_others():
     assert not patched_modules(wrapped)
 
 
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.Sequential, lambda m: iter([m])])
+def test_one_model_can_be_handed_in_without_a_list(wrap):
+    model = LlamaModel(llama_config())
+    assert len(flashpatch.enable(wrap(model))) == 1
+    assert patched_modules(model)
+
+
+def test_reports_tell_what_runs_where_now():
+    flashpatch.enable(skip="layers.0.*")
+    model = LlamaModel(llama_config())
+    ((known, report),) = enabling.reports()
+    assert known is model
+    assert report.served == 1
+    assert str(report) == str(flashpatch.apply(model, skip="layers.0.*"))
+    flashpatch.apply(model)
+    assert enabling.reports()[0][1].served == 2
+    assert enabling.title(model) == "LlamaModel on cpu"
+    assert enabling.title(nn.Sequential(model, nn.Linear(1, 1, device="meta"))) == (
+        "Sequential on cpu, meta"
+    )
+    assert enabling.title(nn.Identity()) == "Identity"
+
+
 def test_a_model_patched_by_hand_stays_the_users_own():
     model = LlamaModel(llama_config())
     flashpatch.apply(model, only="layers.0.*")

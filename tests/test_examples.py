@@ -64,7 +64,7 @@ def test_a_launched_script_trains_on_two_processes_as_without_flashpatch(tmp_pat
         ACCELERATE_USE_CPU="true",
     )
     assert patched.startswith("training on 2 processes")
-    assert said.count("GPT2LMHeadModel: flashpatch serves 2 of 2 attention modules") == 1
+    assert said.count("GPT2LMHeadModel on cpu: flashpatch serves 2 of 2 attention modules") == 1
     assert losses(patched) == pytest.approx(losses(plain), abs=2e-4)
     assert losses(patched)[-1] < losses(patched)[0] - 1
 

@@ -79,10 +79,10 @@ def test_each_model_is_shown_once_as_html_and_as_text(shell):
     (data,) = shell.displayed
     assert "LlamaModel" in data["text/html"]
     assert "<table>" in data["text/html"]
-    assert data["text/plain"].startswith("LlamaModel: flashpatch serves 2 of 2")
+    assert data["text/plain"].startswith("LlamaModel on cpu: flashpatch serves 2 of 2")
     shell.run("other = bert()")
     (data,) = shell.displayed
-    assert data["text/plain"].startswith("BertModel: flashpatch serves 1 of 1")
+    assert data["text/plain"].startswith("BertModel on cpu: flashpatch serves 1 of 1")
 
 
 def test_models_inside_modules_are_found(shell):
@@ -144,7 +144,9 @@ def test_the_magic_shows_what_is_patched(shell):
     assert shell.displayed[0]["text/plain"] == "flashpatch has patched no model yet"
     shell.run("model = llama()")
     shell.run("%flashpatch")
-    assert shell.displayed[0]["text/plain"].startswith("LlamaModel: flashpatch serves 2 of 2")
+    assert shell.displayed[0]["text/plain"].startswith(
+        "LlamaModel on cpu: flashpatch serves 2 of 2"
+    )
     with capture_output() as captured:
         shell.ipython.run_line_magic("flashpatch", "")
     assert len(captured.outputs) == 1

@@ -214,7 +214,7 @@ if "fail" in sys.argv:
     except RuntimeError as error:
         raise KeyError("give up") from error
 """
-REPORT = r"""Mine: flashpatch serves 2 of 2 attention modules
+REPORT = r"""Mine on cpu: flashpatch serves 2 of 2 attention modules
   layers\.\*\.self_attn  LlamaAttention  x2  runs on .*
 """
 
