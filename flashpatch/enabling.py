@@ -36,17 +36,18 @@ _LOCK = threading.RLock()
 
 @dataclass(frozen=True)
 class _Replaced:
-    """One class attribute that `enable` replaced."""
+    """A class attribute that `enable` replaced.
 
-    owner: weakref.ref[type]
+    That of a constructor is kept on what replaced it, so that classes can be freed while enabled.
+    """
+
     name: str
     previous: Any  # the entry of the class's own namespace, or _MISSING
     placed: Any
 
-    def put_back(self) -> None:
+    def put_back(self, owner: type) -> None:
         """Restores the attribute, unless someone else has replaced it since."""
-        owner = self.owner()
-        if owner is None or vars(owner).get(self.name) is not self.placed:
+        if vars(owner).get(self.name) is not self.placed:
             return
         if self.previous is _MISSING:
             delattr(owner, self.name)
@@ -63,7 +64,7 @@ class _Enabled:
 
     settings: dict[str, Any] = field(default_factory=dict)
     on_apply: Callable[["nn.Module", "Report"], object] | None = None
-    replaced: list[_Replaced] = field(default_factory=list)
+    replaced: list[_Replaced] = field(default_factory=list)  # attributes of PreTrainedModel
     models: weakref.WeakSet["nn.Module"] = field(default_factory=weakref.WeakSet)
 
 
@@ -122,7 +123,7 @@ def enable(
             _enabled = _Enabled()
         _enabled.settings, _enabled.on_apply = settings, on_apply
         if first and imported:
-            _watch_models()
+            _watch_models(_enabled)
         elif first:
             sys.meta_path.insert(0, _AFTER_IMPORT)
         given: Any = [models] if hasattr(models, "named_modules") else models
@@ -141,8 +142,8 @@ def disable() -> None:
             sys.meta_path.remove(_AFTER_IMPORT)
         if enabled is None:
             return
-        for change in reversed(enabled.replaced):
-            change.put_back()
+        if enabled.replaced:
+            _unwatch_models(enabled)
         for model in list(enabled.models):
             from flashpatch.patching import revert
 
@@ -197,7 +198,7 @@ def _outermost(modules: Iterable["nn.Module"]) -> list["nn.Module"]:
     return [m for m in found.values() if id(m) not in inner]
 
 
-def _watch_models() -> None:
+def _watch_models(enabled: _Enabled) -> None:
     """Wraps what builds models in the classes that exist, and sees to those defined later."""
     from transformers.modeling_utils import PreTrainedModel
 
@@ -207,18 +208,39 @@ def _watch_models() -> None:
     @functools.wraps(define.__func__)
     def init_subclass(cls: type, **kwargs: Any) -> None:
         define.__func__(cls, **kwargs)
-        _watch_constructor(cls)
+        with _LOCK:
+            if _enabled is not None:  # another thread may have disabled meanwhile
+                _watch_constructor(cls)
 
     @functools.wraps(load.__func__)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         return _build(load.__func__, cls, *args, **kwargs)
 
-    _replace(PreTrainedModel, "__init_subclass__", classmethod(init_subclass))
-    _replace(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
-    classes: list[type] = [PreTrainedModel]
-    for cls in classes:  # parents come first: what they wrap, their children inherit
+    for name, value in (("__init_subclass__", init_subclass), ("from_pretrained", from_pretrained)):
+        change = _Replaced(name, vars(PreTrainedModel)[name], classmethod(value))
+        setattr(PreTrainedModel, name, change.placed)
+        enabled.replaced.append(change)
+    for cls in _with_subclasses(PreTrainedModel):
         _watch_constructor(cls)
+
+
+def _unwatch_models(enabled: _Enabled) -> None:
+    from transformers.modeling_utils import PreTrainedModel
+
+    for change in enabled.replaced:
+        change.put_back(PreTrainedModel)
+    for cls in _with_subclasses(PreTrainedModel):
+        change = getattr(vars(cls).get("__init__"), _WATCHED, None)
+        if change is not None:
+            change.put_back(cls)
+
+
+def _with_subclasses(root: type) -> list[type]:
+    """A class and all below it, parents before their children."""
+    classes = [root]
+    for cls in classes:
         classes += [child for child in cls.__subclasses__() if child not in classes]
+    return classes
 
 
 def _watch_constructor(cls: type) -> None:
@@ -231,16 +253,8 @@ def _watch_constructor(cls: type) -> None:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         _build(_construct, construct, self, *args, **kwargs)
 
-    setattr(init, _WATCHED, True)
-    _replace(cls, "__init__", init)
-
-
-def _replace(owner: type, name: str, value: Any) -> None:
-    with _LOCK:
-        if _enabled is not None:  # a class may be defined in one thread while another disables
-            previous = vars(owner).get(name, _MISSING)
-            setattr(owner, name, value)
-            _enabled.replaced.append(_Replaced(weakref.ref(owner), name, previous, value))
+    setattr(init, _WATCHED, _Replaced("__init__", vars(cls).get("__init__", _MISSING), init))
+    cls.__init__ = init
 
 
 def _construct(init: Callable[..., None], model: Any, /, *args: Any, **kwargs: Any) -> None:
@@ -294,9 +308,9 @@ class _AfterImport(MetaPathFinder):
         del loader.exec_module
         load(module)
         with _LOCK:
-            if self in sys.meta_path:
+            if self in sys.meta_path and _enabled is not None:
                 sys.meta_path.remove(self)
-                _watch_models()
+                _watch_models(_enabled)
 
 
 _AFTER_IMPORT = _AfterImport()

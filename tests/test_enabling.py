@@ -273,7 +273,13 @@ def test_models_are_not_kept_alive():
 
 def test_classes_are_not_kept_alive():
     flashpatch.enable()
-    reference = weakref.ref(type("Passing", (LlamaModel,), {"__init__": lambda self: None}))
+
+    class Passing(LlamaModel):
+        def __init__(self, config):
+            super().__init__(config)
+
+    reference = weakref.ref(Passing)
+    del Passing
     gc.collect()
     assert reference() is None
 
@@ -440,7 +446,7 @@ def stand_in(tmp_path, monkeypatch):
     """Lets the import hook wait for a module of the test's own; returns its file and the calls."""
     calls = []
     monkeypatch.setattr(enabling, "_MODELING", "stand_in_for_modeling")
-    monkeypatch.setattr(enabling, "_watch_models", lambda: calls.append("watched"))
+    monkeypatch.setattr(enabling, "_watch_models", lambda _: calls.append("watched"))
     monkeypatch.syspath_prepend(tmp_path)
     file = tmp_path / "stand_in_for_modeling.py"
     file.write_text("done = True")

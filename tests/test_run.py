@@ -12,7 +12,9 @@ import pytest
 import torch
 from transformers import LlamaModel
 
+from flashpatch import run
 from flashpatch.patching import patched_modules
+from flashpatch.report import Report
 from flashpatch.run import USAGE, ignore
 
 NOTHING = "flashpatch patched nothing: the script built no transformers model\n"
@@ -237,6 +239,20 @@ def test_other_ranks_are_silent_and_their_models_can_be_saved(folder, monkeypatc
     model = torch.load(folder / "model.pt", weights_only=False)
     assert len(patched_modules(model)) == 2
     assert vars(model.layers[0].self_attn)["_flashpatch"].on_fallback is ignore
+
+
+def test_models_without_known_attention_are_reported_at_exit(caplog):
+    caplog.set_level("INFO", logger="flashpatch.run")
+    narrator = run._Narrator()
+    narrator.tell(torch.nn.Identity(), Report(()))
+    narrator.sum_up()
+    assert caplog.messages == [
+        "Identity: flashpatch: no attention modules found",
+        "flashpatch patched nothing: none of the models has attention it can serve",
+    ]
+    narrator.served = 1
+    narrator.sum_up()
+    assert len(caplog.messages) == 2
 
 
 def test_without_a_script_it_says_in_a_sentence_what_it_needs(tmp_path):
