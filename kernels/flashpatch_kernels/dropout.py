@@ -2,15 +2,14 @@
 
 Weight (b, h, i, j) is kept when a 16-bit number is below a threshold. Two neighbours, j even and
 j + 1, share a 32-bit word: the mixed sum of a hash of (seed, b, h, i) and one of (seed, j // 2).
-So nothing is stored between forward and backward, tiles of any size agree, and a tile costs seven
-integer operations for two weights. All arithmetic is that of int32: it wraps around, and shifts
-keep the sign.
+So nothing is stored between forward and backward, tiles of any size agree, and a tile costs a dozen
+integer operations for two weights. All arithmetic is that of uint32, done in int32.
 """
 
 import torch
 from torch import Tensor
 
-# Odd multipliers and shifts of MurmurHash3's finaliser.
+# As int32. The first two are those of MurmurHash3's finaliser.
 MULTIPLIER_1 = 0x85EBCA6B - (1 << 32)
 MULTIPLIER_2 = 0xC2B2AE35 - (1 << 32)
 GOLDEN = 0x9E3779B9 - (1 << 32)
@@ -26,14 +25,16 @@ def keep_probability(p: float) -> float:
     return threshold(p) / 65536
 
 
-def mix(x: Tensor, scratch: Tensor | None = None) -> Tensor:
-    """Mixes the bits of int32 `x` in place."""
-    shifted = torch.bitwise_right_shift(x, 16, out=scratch)
-    x.bitwise_xor_(shifted).mul_(MULTIPLIER_1)
-    torch.bitwise_right_shift(x, 13, out=shifted)
-    x.bitwise_xor_(shifted).mul_(MULTIPLIER_2)
-    torch.bitwise_right_shift(x, 16, out=shifted)
-    return x.bitwise_xor_(shifted)
+def mix(x: Tensor) -> Tensor:
+    """Mixes the bits of int32 `x` in place: MurmurHash3's finaliser."""
+    shifted = torch.empty_like(x)
+    for bits, multiplier in ((16, MULTIPLIER_1), (13, MULTIPLIER_2), (16, 1)):
+        # The mask makes the shift a logical one.
+        torch.bitwise_right_shift(x, bits, out=shifted).bitwise_and_((1 << (32 - bits)) - 1)
+        x.bitwise_xor_(shifted)
+        if multiplier != 1:
+            x.mul_(multiplier)
+    return x
 
 
 def row_hashes(seed: Tensor, batch: int, heads: int, n_queries: int) -> Tensor:

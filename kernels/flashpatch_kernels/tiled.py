@@ -14,8 +14,9 @@ N queries, M keys, D head size, Dv that of v, R queries and W keys of a tile.
 Three choices of this file:
 Scores are in units of log 2, because PyTorch's exp2 takes a third of the time of its exp on a CPU
 and is as exact.
-The queries of a tile run backwards. The table's entry for row r and key j is then a fixed number
-plus r + j, so that the table's tile [R, W] is a view of it, with strides (1, 1): no gather.
+With a table, the queries of a tile run backwards. The table's entry for row r and key j is then a
+fixed number plus r + j, so that the table's tile [R, W] is a view of it, with strides (1, 1), and
+its gradient, the sums of dS over its diagonals, are the column sums of dS with skewed rows.
 The gradients of k and v are summed transposed, [C, D, M]: MKL takes a quarter less time for Q^T dS
 than for dS^T Q.
 """
@@ -59,7 +60,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     lse = q.new_empty((B, H, N), dtype=_accumulator(q))
     for heads in _head_tiles(q, k, v, options):
         for rows in heads.row_tiles():
-            Q = heads.take(q, rows).mul_(options.scale * LOG2E)  # [C, G R, D]
+            Q = heads.take(q, rows) * (options.scale * LOG2E)  # [C, G R, D]
             m, l = heads.first_state(rows)  # [C, G R, 1]
             O = Q.new_zeros((*Q.shape[:2], Dv))
             for j0, j1 in heads.key_tiles(rows):
@@ -107,15 +108,16 @@ def backward(
     for heads in _head_tiles(q, k, v, options):
         dK, dV = (x.new_zeros(x.transpose(1, 2).shape) for x in (heads.k, heads.v))  # [C, D, M]
         for rows in heads.row_tiles():
-            Q = heads.take(q, rows).mul_(options.scale * LOG2E)
+            Q = heads.take(q, rows) * (options.scale * LOG2E)
             dO = heads.take(dout, rows)  # [C, G R, Dv]
-            L = heads.take(lse[..., None], rows).mul_(LOG2E)  # [C, G R, 1]
+            L = heads.take(lse[..., None], rows) * LOG2E  # [C, G R, 1]
             # A row that sees nothing: exp(S - inf) is 0.
             L.masked_fill_(L.isneginf(), torch.inf)
             delta = (dO * heads.take(out, rows)).sum(-1, keepdim=True)
             if dlse is not None:
                 delta -= heads.take(dlse[..., None], rows)
-            dO.div_(heads.keep_probability)
+            if options.dropout:
+                dO = dO / heads.keep_probability
             if "sinks" in sums:
                 heads.add_sink_gradient(sums["sinks"], L, delta)
             dQ = torch.zeros_like(Q)
@@ -132,7 +134,8 @@ def backward(
                 torch.bmm(dO, heads.v[:, j0:j1].transpose(1, 2), out=dP)
                 if kept is not None:
                     _drop(dP, kept)
-                dS = dP.sub_(delta).mul_(P)
+                dS = heads.skewed(P.shape, rows) if "table" in sums else dP
+                torch.mul(dP.sub_(delta), P, out=dS)
                 if "table" in sums:
                     heads.add_table_gradient(sums["table"], dS, rows, j0, j1)
                 if "bias" in sums:
@@ -171,6 +174,7 @@ class _Shared:
     row_hashes: Tensor | None = None  # [B, H, N]
     column_hashes: Tensor | None = None  # [ceil(M / 2)]
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    skewed_shape: tuple[int, ...] = ()  # of the gradient whose gaps are zeros
 
 
 class _Heads:
@@ -199,14 +203,19 @@ class _Heads:
         self.keep_probability = dropout.keep_probability(p) if p else 1.0
 
     def take(self, x: Tensor, rows: Rows) -> Tensor:
-        """The tile of x [B, H, N, E] as [C, G R, E], in the accumulator's dtype, a copy."""
-        tile = x[self.b, self.h0 : self.h1, rows.i0 : rows.i1].flip(1).to(self.dtype)
-        return tile.reshape(self.C, -1, x.shape[3])
+        """The tile of x [B, H, N, E] as [C, G R, E], in the accumulator's dtype."""
+        tile = self.ordered(x[self.b, self.h0 : self.h1, rows.i0 : rows.i1]).to(self.dtype)
+        tile = tile.reshape(self.C, -1, x.shape[3])
+        return tile if tile.stride(-1) == 1 else tile.contiguous()
 
     def put(self, x: Tensor, rows: Rows, tile: Tensor) -> None:
         """Stores a tile [C, G R, E] into x [B, H, N, E]."""
         part = x[self.b, self.h0 : self.h1, rows.i0 : rows.i1]
-        part.copy_(tile.view(self.C * self.G, -1, x.shape[3]).flip(1))
+        part.copy_(self.ordered(tile.view(self.C * self.G, -1, x.shape[3])))
+
+    def ordered(self, x: Tensor) -> Tensor:
+        """Queries [C G, R, ...] in the tile's order, or from it."""
+        return x.flip(1) if self.table is not None else x
 
     def put_keys(self, x: Tensor, total: Tensor) -> None:
         """Stores [C, E, M] into x [B, H_kv, M, E]."""
@@ -249,15 +258,17 @@ class _Heads:
         if self.table is not None:
             by_head.add_(self._diagonals(self.table, rows, j0, j1))
         if self.bias is not None:
-            by_head.add_(_tile(self.bias, rows, j0, j1), alpha=LOG2E)
-        self.mask.hide(by_head, rows, j0, j1)
+            one = self.bias.shape[1] == 1
+            bias = self.bias if one else self.ordered(self.bias[:, rows.i0 : rows.i1])
+            by_head.add_(bias[..., j0:j1], alpha=LOG2E)
+        self.mask.hide(by_head, rows, j0, j1, backwards=self.table is not None)
         return S, tanh
 
     def kept(self, rows: Rows, j0: int, j1: int) -> Tensor | None:
         """All ones where a weight of the tile survives dropout, else 0: int32 [C, G R, W]."""
         if self.shared.row_hashes is None or self.shared.column_hashes is None:
             return None
-        row = self.shared.row_hashes[self.b, self.h0 : self.h1, rows.i0 : rows.i1].flip(1)
+        row = self.ordered(self.shared.row_hashes[self.b, self.h0 : self.h1, rows.i0 : rows.i1])
         words = row[..., None] + self.shared.column_hashes[j0 // 2 : (j1 + 1) // 2]
         kept = dropout.kept(words, self.shared.options.dropout)[..., : j1 - j0]
         return kept.reshape(self.C, -1, j1 - j0)
@@ -269,14 +280,35 @@ class _Heads:
         P = torch.exp2(self.sinks[:, None] - L.view(shape))
         total[self.h0 : self.h1] -= (P * delta.view(shape)).sum(-1)
 
+    def skewed(self, shape: torch.Size, rows: Rows) -> Tensor:
+        """Memory for dS [C, G R, W] with a gap of zeros after each row, as wide as a block.
+
+        Read with a pitch that is one less, the rows of a block of them are skewed.
+        """
+        pitch = shape[2] + self._block(rows)
+        wanted = (*shape, pitch)
+        if self.shared.skewed_shape != wanted:
+            self.buffer("skewed", (shape[0] * shape[1] * pitch,)).zero_()
+            self.shared.skewed_shape = wanted
+        memory = self.shared.buffers["skewed"]
+        return memory.as_strided(shape, (shape[1] * pitch, pitch, 1))
+
     def add_table_gradient(self, total: Tensor, dS: Tensor, rows: Rows, j0: int, j1: int) -> None:
-        """The diagonal sums of dS: a skewed copy of it, summed over its rows."""
-        R, W = rows.i1 - rows.i0, j1 - j0
-        heads, width = self.C * self.G, R + W - 1
-        skewed = self.buffer("skewed", (heads, R, width)).zero_()
-        skewed.as_strided((heads, R, W), (R * width, width + 1, 1)).copy_(dS.view(heads, R, W))
+        """The sums of dS, which lies in skewed memory, over its diagonals: in blocks, then them."""
+        block, R, W = self._block(rows), rows.i1 - rows.i0, j1 - j0
+        heads, blocks, pitch = self.C * self.G, R // block, W + block
+        shape = (heads, blocks, block, pitch - 1)
+        skewed = dS.as_strided(shape, (R * pitch, block * pitch, pitch - 1, 1))
+        sums = skewed.sum(2)  # [C G, blocks, W + block - 1]
+        width = R + W - 1
+        whole = sums.new_zeros(heads, blocks, width)
+        whole.as_strided(sums.shape, (blocks * width, width + block, 1)).copy_(sums)
         first = self.N - rows.i1 + j0
-        total[self.h0 : self.h1, first : first + width] += skewed.sum(1)
+        total[self.h0 : self.h1, first : first + width] += whole.sum(1)
+
+    def _block(self, rows: Rows) -> int:
+        """How many rows are skewed together: a divisor of those of the tile."""
+        return math.gcd(rows.i1 - rows.i0, 32)
 
     def add_bias_gradient(self, total: Tensor, dS: Tensor, rows: Rows, j0: int, j1: int) -> None:
         """Sums dS over what the bias is broadcast over."""
@@ -285,7 +317,7 @@ class _Heads:
         if part.shape[1] == 1:
             dS = dS.sum(1, keepdim=True)
         else:
-            part, dS = part[:, rows.i0 : rows.i1], dS.flip(1)
+            part, dS = part[:, rows.i0 : rows.i1], self.ordered(dS)
         part[..., j0:j1] += dS.sum(0, keepdim=True) if part.shape[0] == 1 else dS
 
     def buffer(self, name: str, shape: torch.Size | tuple[int, ...]) -> Tensor:
@@ -299,7 +331,7 @@ class _Heads:
 
     def _by_head(self, x: Tensor) -> Tensor:
         """A tile [C, G R, W] as [C G, R, W]."""
-        return x.view(self.C * self.G, -1, x.shape[2])
+        return x.unflatten(1, (self.G, -1)).flatten(0, 1)
 
     def _keys(self, x: Tensor) -> Tensor:
         """These heads of k or v, in the accumulator's dtype and with rows that a product takes."""
@@ -373,20 +405,27 @@ class _Mask:
         start, clear_from, stop, clear_to = (min(max(j, 0), M) for j in (*lows, *highs))
         return Rows(i0, i1, start, stop, clear_from, clear_to)
 
-    def hide(self, S: Tensor, rows: Rows, j0: int, j1: int) -> None:
+    def hide(self, S: Tensor, rows: Rows, j0: int, j1: int, *, backwards: bool) -> None:
         """Adds -inf to the scores [C G, R, W] of keys that a query does not see."""
         if self.allowed is not None:
             if j0 < rows.clear_from or rows.clear_to < j1:
-                S.add_(_forbid(_tile(self.allowed, rows, j0, j1), S))
+                tile = (
+                    self.allowed
+                    if self.allowed.shape[1] == 1
+                    else self.allowed[:, rows.i0 : rows.i1]
+                )
+                forbidden = _forbid(tile[..., j0:j1], S)
+                S.add_(forbidden.flip(1) if backwards else forbidden)
             return
         if self.lo is not None and self.hi is not None:
-            lo, hi = (x[rows.i0 : rows.i1].flip(0)[:, None] for x in (self.lo, self.hi))  # [R, 1]
+            lo, hi = (x[rows.i0 : rows.i1, None] for x in (self.lo, self.hi))  # [R, 1]
             # The edges of the tile: keys that some of its rows do not see.
             left, right = min(max(j0, rows.clear_from), j1), max(min(j1, rows.clear_to), j0)
             for a, b in ((j0, left), (right, j1)) if left < right else ((j0, j1),):
                 if a < b:
                     j = torch.arange(a, b, dtype=lo.dtype, device=lo.device)
-                    S[..., a - j0 : b - j0].add_(_forbid((lo <= j) & (j < hi), S))
+                    forbidden = _forbid((lo <= j) & (j < hi), S)
+                    S[..., a - j0 : b - j0].add_(forbidden.flip(0) if backwards else forbidden)
         if self.hidden is not None:
             S.add_(_forbid(~self.hidden[j0:j1], S))
 
@@ -403,13 +442,6 @@ def _drop(x: Tensor, kept: Tensor) -> Tensor:
         x.view(torch.int32).bitwise_and_(kept)
         return x
     return x.mul_(-kept)
-
-
-def _tile(x: Tensor, rows: Rows, j0: int, j1: int) -> Tensor:
-    """The tile of x [H|1, N|1, M], with its queries in the tile's order."""
-    if x.shape[1] > 1:
-        x = x[:, rows.i0 : rows.i1].flip(1)
-    return x[..., j0:j1]
 
 
 def _accumulator(q: Tensor) -> torch.dtype:

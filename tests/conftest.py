@@ -1,0 +1,63 @@
+"""What all tests share: the rule of tolerance, and memory that shows what nobody wrote."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def _assert_as_exact_as_pytorch(
+    actual: Tensor, pytorch: Tensor, exact: Tensor, name: str = "result"
+) -> None:
+    """The error of `actual` is at most twice that of `pytorch`, plus rounding.
+
+    Rounding is half a unit of the result's dtype, and eight units of the dtype that sums up.
+
+    The error is the norm of the difference over the norm of `exact`: the largest difference of a
+    small tensor would be a matter of luck.
+
+    Args:
+        actual: What the code under test computed.
+        pytorch: What plain PyTorch computes in the same dtype.
+        exact: The same in float64.
+    """
+    assert actual.shape == exact.shape, name
+    assert actual.dtype == pytorch.dtype, name
+    sums = torch.float64 if actual.dtype == torch.float64 else torch.float32
+    rounding = torch.finfo(actual.dtype).eps / 2 + 8 * torch.finfo(sums).eps
+    actual, pytorch, exact = (x.detach().double() for x in (actual, pytorch, exact))
+    finite = exact.isfinite()
+    assert torch.equal(actual[~finite], exact[~finite]), name
+    size = exact[finite].norm().item()
+    error = (actual - exact)[finite].norm().item()
+    theirs = (pytorch - exact)[finite].norm().item()
+    assert error <= 2 * theirs + rounding * size, (
+        f"{name}: error {error:.2e}, PyTorch's {theirs:.2e}, of {size:.2e}"
+    )
+
+
+@pytest.fixture(scope="session")
+def assert_as_exact_as_pytorch() -> Callable[..., None]:
+    return _assert_as_exact_as_pytorch
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that PyTorch hands out unwritten is NaN, or the least integer."""
+
+    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def poisoned(*args: object, **kwargs: object) -> Tensor:
+            x = make(*args, **kwargs)
+            if x.is_floating_point():
+                return x.fill_(torch.nan)
+            return x if x.dtype == torch.bool else x.fill_(torch.iinfo(x.dtype).min)
+
+        return poisoned
+
+    for owner, names in (
+        (torch, ("empty", "empty_like", "empty_strided")),
+        (Tensor, ("new_empty", "new_empty_strided")),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, poison(getattr(owner, name)))

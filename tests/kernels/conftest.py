@@ -1,0 +1,228 @@
+"""What the kernels' tests share: random calls, and plain PyTorch's answer to them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashpatch_kernels import reference
+from flashpatch_kernels.dropout import keep, keep_probability
+from flashpatch_kernels.masks import (
+    Band,
+    Boolean,
+    Intervals,
+    Mask,
+    allowed,
+    documents,
+    intersect,
+    key_mask,
+)
+from flashpatch_kernels.options import Options
+
+
+def _keys(m: int) -> Intervals:
+    """Two batch rows: one padded on the left, one on the right and with a hole."""
+    visible = torch.ones(2, m, dtype=torch.bool)
+    visible[0, : m // 3] = False
+    visible[1, m - m // 4 :] = False
+    visible[1, 2:5] = False
+    return key_mask(visible)
+
+
+def _documents(n: int, m: int) -> Mask:
+    ids = torch.arange(m).ge(m // 3).int() + torch.arange(m).ge(m // 2 + 1).int()
+    return Intervals(documents(ids[None]).bounds[:, torch.arange(n) * m // n])
+
+
+def _intervals() -> Callable[[int, int], Intervals]:
+    def make(n: int, m: int) -> Intervals:
+        generator = torch.Generator().manual_seed(0)
+        lo = torch.randint(0, m, (2, n), generator=generator)
+        hi = torch.randint(0, m + 1, (2, n), generator=generator)  # half of them see nothing
+        return Intervals(torch.stack((lo, hi), dim=-1).int())
+
+    return make
+
+
+def _boolean(heads: int, n_one: bool = False) -> Callable[[int, int], Boolean]:
+    def make(n: int, m: int) -> Boolean:
+        generator = torch.Generator().manual_seed(0)
+        seen = torch.rand(2, heads, 1 if n_one else n, m, generator=generator) > 0.6
+        seen[0, :, n // 2 :] = False
+        seen[1, ..., : m // 2] = False
+        return Boolean(seen)
+
+    return make
+
+
+# Each from the numbers of queries and keys, for a batch of 2 with 4 heads.
+MASKS: dict[str, Callable[[int, int], Mask]] = {
+    "full": lambda n, m: Band(),
+    "causal": lambda n, m: Band(right=0, offset=m - n),
+    "causal from the first key": lambda n, m: Band(right=0),
+    "causal window": lambda n, m: Band(left=4, right=0, offset=m - n),
+    "window": lambda n, m: Band(left=6, right=6, offset=m - n),
+    "future only": lambda n, m: Band(left=-1),
+    "keys": lambda n, m: _keys(m),
+    "causal keys": lambda n, m: intersect(Band(right=0, offset=m - n), _keys(m), n, m, "cpu"),
+    "documents": _documents,
+    "intervals": _intervals(),
+    "boolean": _boolean(1),
+    "boolean per head": _boolean(4),
+    "boolean keys": _boolean(1, n_one=True),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A call with everything that is needed to differentiate it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    options: Options
+    dout: Tensor
+    dlse: Tensor
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The tensors that are differentiable."""
+        options = self.options
+        every = {"q": self.q, "k": self.k, "v": self.v}
+        every |= {"table": options.table, "bias": options.bias, "sinks": options.sinks}
+        return {name: x for name, x in every.items() if x is not None}
+
+    def to(self, dtype: torch.dtype) -> "Sample":
+        """The same numbers in another dtype, as leaves."""
+
+        def cast(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.detach().to(dtype).requires_grad_()
+
+        options = self.options
+        options = replace(
+            options,
+            table=cast(options.table),
+            bias=cast(options.bias),
+            sinks=cast(options.sinks),
+        )
+        q, k, v = cast(self.q), cast(self.k), cast(self.v)
+        return replace(self, q=q, k=k, v=v, options=options, dout=self.dout.to(dtype))
+
+    def answer(self, attend: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Output, lse and gradients under `attend(q, k, v, options)`."""
+        out, lse = attend(self.q, self.k, self.v, self.options)
+        seen = lse.detach() > -torch.inf
+        loss = (out.double() * self.dout.double()).sum()
+        loss = loss + (torch.where(seen, lse, 0).double() * self.dlse).sum()
+        grads = torch.autograd.grad(loss, tuple(self.inputs.values()))
+        return {"out": out, "lse": lse} | dict(zip(self.inputs, grads, strict=True))
+
+
+def _sample(
+    mask: str = "full",
+    *,
+    dtype: torch.dtype = torch.float32,
+    kv_heads: int = 4,
+    n: int = 37,
+    m: int = 45,
+    d: int = 8,
+    dv: int | None = None,
+    terms: tuple[str, ...] = (),
+    bias_shape: tuple[int, int, int] = (1, 4, 1),
+    dropout: float = 0.0,
+) -> Sample:
+    """A random call: batch 2, 4 query heads, views of memory that a projection lays out."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    dv = d if dv is None else dv
+    term_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    options = Options(
+        mask=MASKS[mask](n, m),
+        scale=0.7,
+        softcap=2.0 if "softcap" in terms else None,
+        table=random(4, n + m - 1, dtype=term_dtype) if "table" in terms else None,
+        bias=random(*bias_shape, m) if "bias" in terms else None,
+        sinks=random(4, dtype=term_dtype) if "sinks" in terms else None,
+        dropout=dropout,
+        seed=torch.tensor([1234567890123]) if dropout else None,
+    )
+    sample = Sample(
+        q=random(2, n, 4, d).transpose(1, 2),
+        k=random(2, m, kv_heads, d).transpose(1, 2),
+        v=random(2, m, kv_heads, dv).transpose(1, 2),
+        options=options,
+        dout=random(2, n, 4, dv).transpose(1, 2),
+        dlse=random(2, 4, n, dtype=torch.float32),
+    )
+    for x in sample.inputs.values():
+        x.requires_grad_()
+    return sample
+
+
+def _pytorch(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Attention as a user would write it, in q's dtype."""
+    n, m, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    s = q @ k.transpose(-1, -2) * options.scale
+    if options.softcap is not None:
+        s = options.softcap * torch.tanh(s / options.softcap)
+    if options.table is not None:
+        s = s + reference.dense_table(options.table, n, m).to(q.dtype)
+    if options.bias is not None:
+        s = s + options.bias
+    seen = allowed(options.mask, n, m, q.device)
+    s = s.masked_fill(~seen, -torch.inf)
+    if options.sinks is not None:
+        sinks = options.sinks.to(q.dtype)[:, None, None].expand(*s.shape[:3], 1)
+        s = torch.cat((s, sinks), dim=-1)
+    dead = (s == -torch.inf).all(-1, keepdim=True)
+    s = s.masked_fill(dead, 0)
+    lse = torch.logsumexp(s.float() if q.dtype != torch.float64 else s, dim=-1)
+    lse = lse.masked_fill(dead[..., 0], -torch.inf)
+    p = torch.softmax(s, dim=-1).masked_fill(dead, 0)[..., :m]
+    if options.dropout:
+        kept = keep(options.seed, options.dropout, *q.shape[:3], m)
+        p = p * kept / keep_probability(options.dropout)
+    return p @ v, lse
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small are computed faster by one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=MASKS)
+def mask_name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def sample() -> Callable[..., Sample]:
+    return _sample
+
+
+@pytest.fixture(scope="session")
+def pytorch() -> Callable[..., tuple[Tensor, Tensor]]:
+    return _pytorch
+
+
+@pytest.fixture(scope="session")
+def check(assert_as_exact_as_pytorch: Callable[..., None]) -> Callable[..., None]:
+    """Judges an engine's output, lse and gradients by the rule of tolerance."""
+
+    def check(sample: Sample, attend: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        exact = sample.to(torch.float64).answer(reference.attention)
+        theirs, ours = sample.answer(_pytorch), sample.answer(attend)
+        for name in exact:
+            assert_as_exact_as_pytorch(ours[name], theirs[name], exact[name], name)
+
+    return check
