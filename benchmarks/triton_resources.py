@@ -18,13 +18,14 @@ from unittest import mock
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from flashpatch_kernels import tuning
 from flashpatch_kernels.masks import Band, Intervals, Mask
 from flashpatch_kernels.options import Options
 from flashpatch_kernels.triton import backward, forward, launching
 from flashpatch_kernels.tuning import Tile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Pass = Literal["forward", "stats", "dkdv", "dq"]
+Pass = Literal["forward", "stats", "dkdv", "dk", "dv", "dq"]
 
 
 class Tile(NamedTuple):
@@ -36,17 +36,27 @@ WAVE_BYTES = 32 << 20
 # (architecture, kind of type, pass) -> rows (largest head size, tile), in rising order.
 TABLE: dict[tuple[str, str, Pass], tuple[tuple[int, Tile], ...]] = {
     ("sm90", "half", "forward"): (
-        (64, Tile(128, 64, 4, 3, tma=True)),
+        (64, Tile(64, 128, 4, 2, tma=True)),
+        (96, Tile(64, 64, 4, 2, tma=True)),
         (128, Tile(128, 64, 4, 2, tma=True)),
+        (160, Tile(64, 64, 4, 2, tma=True)),
         (256, Tile(128, 64, 8, 2, tma=True)),
     ),
     ("sm90", "half", "dkdv"): (
-        (128, Tile(64, 128, 8, 2, tma=True)),
-        (256, Tile(32, 64, 8, 2, tma=True)),
+        (64, Tile(64, 64, 4, 3, tma=True)),
+        (96, Tile(64, 64, 4, 2, tma=True)),
+        (128, Tile(64, 128, 8, 3, tma=True)),
     ),
+    ("sm90", "half", "dk"): (
+        (192, Tile(64, 128, 8, 2, tma=True)),
+        (256, Tile(32, 128, 8, 2, tma=True)),
+    ),
+    ("sm90", "half", "dv"): ((256, Tile(64, 128, 8, 2, tma=True)),),
     ("sm90", "half", "dq"): (
-        (128, Tile(128, 128, 8, 2, tma=True)),
-        (192, Tile(128, 64, 8, 1, tma=True)),
+        (64, Tile(64, 64, 4, 3, tma=True)),
+        (96, Tile(64, 64, 4, 2, tma=True)),
+        (128, Tile(128, 64, 8, 3, tma=True)),
+        (160, Tile(128, 64, 8, 2, tma=True)),
         (256, Tile(128, 32, 8, 2, tma=True)),
     ),
     ("any", "half", "forward"): (
@@ -54,19 +64,19 @@ TABLE: dict[tuple[str, str, Pass], tuple[tuple[int, Tile], ...]] = {
         (128, Tile(64, 32, 4, 2)),
         (256, Tile(64, 32, 8, 2)),
     ),
-    ("any", "half", "dkdv"): (
-        (64, Tile(32, 64, 4, 2)),
-        (128, Tile(32, 64, 8, 1)),
-        (256, Tile(32, 32, 8, 1)),
-    ),
+    ("any", "half", "dkdv"): ((64, Tile(32, 64, 4, 2)), (128, Tile(32, 64, 8, 1))),
+    ("any", "half", "dk"): ((256, Tile(32, 32, 8, 1)),),
+    ("any", "half", "dv"): ((256, Tile(32, 32, 8, 1)),),
     ("any", "half", "dq"): (
         (64, Tile(64, 32, 4, 2)),
         (128, Tile(64, 32, 8, 1)),
         (256, Tile(32, 32, 8, 1)),
     ),
     ("any", "float", "forward"): ((64, Tile(32, 32, 4, 1)), (256, Tile(32, 32, 8, 1))),
-    ("any", "float", "dkdv"): ((64, Tile(32, 32, 4, 1)), (256, Tile(16, 32, 8, 1))),
-    ("any", "float", "dq"): ((64, Tile(32, 32, 4, 1)), (256, Tile(32, 16, 8, 1))),
+    ("any", "float", "dkdv"): ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 32, 8, 1))),
+    ("any", "float", "dk"): ((256, Tile(16, 32, 8, 1)),),
+    ("any", "float", "dv"): ((256, Tile(16, 32, 8, 1)),),
+    ("any", "float", "dq"): ((64, Tile(32, 32, 8, 1)), (256, Tile(32, 16, 8, 1))),
     ("any", "half", "stats"): ((64, Tile(64, 64, 4, 1)), (256, Tile(16, 64, 4, 1))),
     ("any", "float", "stats"): ((64, Tile(32, 64, 4, 1)), (256, Tile(16, 64, 4, 1))),
 }
@@ -87,10 +97,26 @@ def tile(arch: str, dtype: torch.dtype, size: int, name: Pass, *, aligned: bool 
 
     Args:
         arch: As `architecture` gives it; one without rows takes those of "any".
+        dtype: Of q, k and v.
         size: Head size, the larger of D and Dv.
+        name: The pass. "dk" or "dv" alone can do with the tile of both where they have none.
         aligned: Every row starts at a multiple of 16 bytes. If not, loads are narrow, need many
             registers, and take the small tiles.
     """
+    if name in ("dk", "dv") and not has_tile(arch, dtype, size, name, aligned=aligned):
+        name = "dkdv"
+    return next(t for most, t in _rows(arch, dtype, name, aligned=aligned) if size <= most)
+
+
+def has_tile(arch: str, dtype: torch.dtype, size: int, name: Pass, *, aligned: bool = True) -> bool:
+    """Whether a pass has a tile for heads of this size, as "dkdv" has not where two are large."""
+    return any(size <= most for most, _ in _rows(arch, dtype, name, aligned=aligned))
+
+
+def _rows(
+    arch: str, dtype: torch.dtype, name: Pass, *, aligned: bool
+) -> tuple[tuple[int, Tile], ...]:
+    """The table's rows for one pass."""
     kind = "float" if dtype == torch.float32 else "half"
     rows = TABLE.get((arch, kind, name)) if aligned else None
-    return next(t for most, t in rows or TABLE["any", kind, name] if size <= most)
+    return rows or TABLE.get(("any", kind, name), ())

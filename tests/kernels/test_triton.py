@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from flashpatch_kernels import reference
 from flashpatch_kernels.masks import Band, Intervals, documents, intersect, key_mask
 from flashpatch_kernels.options import Options
@@ -187,9 +188,7 @@ def test_only_the_gradients_that_are_asked_for(engine):
     q, k, v, dout, _, options = case("full", n=20, m=20)
     out, lse = engine("forward", q, k, v, options)
     for needs in ("q", "k", "v"):
-        grads = engine(
-            "backward", dout, None, q, k, v, out, lse, options, frozenset(needs)
-        )
+        grads = engine("backward", dout, None, q, k, v, out, lse, options, frozenset(needs))
         assert set(grads) == {needs}
 
 

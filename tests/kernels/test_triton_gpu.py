@@ -6,6 +6,7 @@ attention written in the same dtype, plus half a unit of rounding.
 
 import pytest
 import torch
+
 from flashpatch_kernels import reference
 from flashpatch_kernels.masks import (
     Band,
@@ -128,7 +129,9 @@ def check(q, k, v, dout, dlse, options):
     ours = with_gradients(triton, q, k, v, dout, dlse, options)
     assert torch.equal(ours[1] == -torch.inf, true[1] == -torch.inf)
     assert not ours[0][true[1] == -torch.inf].any()
-    for name, found, their, exact in zip("o l q k v".split(), ours, theirs, true, strict=True):
+    for name, found, their, exact in zip(
+        ["o", "l", "q", "k", "v"], ours, theirs, true, strict=True
+    ):
         assert not found.isnan().any(), name
         precision = torch.float32 if name == "l" else q.dtype
         limit = 2 * error(their, exact) + torch.finfo(precision).eps / 2
@@ -156,7 +159,9 @@ def test_values_may_have_another_head_size(sizes, dtype):
     check(*case("causal", d=sizes[0], dv=sizes[1], dtype=dtype))
 
 
-@pytest.mark.parametrize("lengths", [(1, 1), (1, 300), (300, 1), (128, 128), (77, 1025), (1025, 77)])
+@pytest.mark.parametrize(
+    "lengths", [(1, 1), (1, 300), (300, 1), (128, 128), (77, 1025), (1025, 77)]
+)
 @pytest.mark.parametrize("mask", ["full", "causal", "window"])
 def test_lengths_that_divide_nothing(lengths, mask):
     check(*case(mask, n=lengths[0], m=lengths[1]))

@@ -18,26 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashpatch_kernels import tuning
 from flashpatch_kernels.options import Options
 from flashpatch_kernels.triton import launching, tile_masks, tiles
+from flashpatch_kernels.triton.compiling import kernel
 from flashpatch_kernels.tuning import Tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# Values that vary from call to call: one compilation serves them all.
-STATS_RUNTIME = "o_batch o_head o_row do_batch do_head do_row n_heads n_queries n_rows".split()
-RUNTIME = (
-    "q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row do_batch do_head do_row "
-    "n_batch n_heads group n_queries n_keys wave scale qk_scale "
-    "left right offset bounds_batch bounds_row runs_batch"
-).split()
-DQ_RUNTIME = [*RUNTIME, "dq_batch", "dq_head", "dq_row"]
-DKDV_RUNTIME = [
-    *RUNTIME, "dk_batch", "dk_head", "dk_row", "dv_batch", "dv_head", "dv_row", "tiles_batch"
-]  # fmt: skip
 
-
-@triton.jit(do_not_specialize=STATS_RUNTIME)
+@kernel
 def stats_kernel(
     O, DO, LSE, DLSE, STATS,
     o_batch, o_head, o_row, do_batch, do_head, do_row, n_heads, n_queries, n_rows,
@@ -86,10 +76,12 @@ def load_stats(stats, n_rows, head, start, n_queries, BM: tl.constexpr, EDGE: tl
 @triton.jit
 def dkdv_step(
     dk, dv, k, v, queries, douts, stats, n_rows, head, m, n, mask, batch,
-    n_queries, n_keys, qk_scale, ROWS: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr,
+    n_queries, n_keys, qk_scale,
+    ROWS: tl.constexpr, PART: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds what the queries m .. m + BM of one head give to the keys n .. n + BN."""
     q = tiles.load(queries, head, m, C.BM, C.D, C.D0, C.D1, C.TMA, MASKED)
+    do = tiles.load(douts, head, m, C.BM, C.DV, C.V0, C.V1, C.TMA, MASKED)
     lse, delta = load_stats(stats, n_rows, head, m, n_queries, C.BM, MASKED)
     st = tiles.inner(k, q, C)  # [BN, BM]
     pt = tl.math.exp2(st * qk_scale - lse[None, :])
@@ -97,15 +89,16 @@ def dkdv_step(
         lo, hi = ROWS(mask, batch, m + tl.arange(0, C.BM), n_queries, n_keys)
         j = n + tl.arange(0, C.BN)
         pt = tl.where((lo[None, :] <= j[:, None]) & (j[:, None] < hi[None, :]), pt, 0.0)
-    do = tiles.load(douts, head, m, C.BM, C.DV, C.V0, C.V1, C.TMA, MASKED)
-    dv = tiles.add_product(dv, pt, do, C)
-    dpt = tiles.inner(v, do, C)  # [BN, BM]
-    dst = pt * (dpt - delta[None, :])
-    dk = tiles.add_product(dk, dst, q, C)
+    if PART != "dk":
+        dv = tiles.add_product(dv, pt, do, C)
+    if PART != "dv":
+        dpt = tiles.inner(v, do, C)  # [BN, BM]
+        dst = pt * (dpt - delta[None, :])
+        dk = tiles.add_product(dk, dst, q, C)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=DKDV_RUNTIME)
+@kernel
 def dkdv_kernel(
     Q, K, V, DO, STATS, DK, DV,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
@@ -114,9 +107,13 @@ def dkdv_kernel(
     left, right, offset, bounds, bounds_batch, bounds_row, runs, runs_batch, query_tiles,
     tiles_batch,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, RUNS: tl.constexpr, GROUPED: tl.constexpr,
-    C: tl.constexpr,
+    PART: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys of one key head, over the query heads that share it and their queries."""
+    """One tile of keys of one key head, over the query heads that share it and their queries.
+
+    PART is "dkdv", or "dk" or "dv" to compute one alone: both together need too many registers for
+    large head sizes.
+    """
     mask = (left, right, offset, bounds, bounds_batch, bounds_row, runs, runs_batch,
             query_tiles, tiles_batch)  # fmt: skip
     kv_heads = n_heads // group
@@ -144,7 +141,9 @@ def dkdv_kernel(
     values = tiles.matrices(V, 0, v_row * C.UNIT, 1, n_keys, C.BN, C.DV, C.V0, C.V1, False)
 
     k = tiles.load(keys, 0, n, C.BN, C.D, C.D0, C.D1, False, True)
-    v = tiles.load(values, 0, n, C.BN, C.DV, C.V0, C.V1, False, True)
+    v = k
+    if PART != "dv":
+        v = tiles.load(values, 0, n, C.BN, C.DV, C.V0, C.V1, False, True)
     dk = tiles.zeros(C.BN, C.D0, C.D1)
     dv = tiles.zeros(C.BN, C.V0, C.V1)
     # One loop over (head, tile) pairs: a group of heads costs no second loop.
@@ -155,26 +154,28 @@ def dkdv_kernel(
         m = (t1 + (t % whole if GROUPED else t)) * C.BM
         dk, dv = dkdv_step(
             dk, dv, k, v, queries, douts, STATS, n_rows, head, m, n, mask, batch,
-            n_queries, n_keys, qk_scale, ROWS, C, False,
+            n_queries, n_keys, qk_scale, ROWS, PART, C, False,
         )  # fmt: skip
     for t in tl.range(0, part * group if GROUPED else part):
         head = t // part if GROUPED else 0
         m = tile_masks.edge_tile(t % part if GROUPED else t, t0, t1, t2) * C.BM
         dk, dv = dkdv_step(
             dk, dv, k, v, queries, douts, STATS, n_rows, head, m, n, mask, batch,
-            n_queries, n_keys, qk_scale, ROWS, C, True,
+            n_queries, n_keys, qk_scale, ROWS, PART, C, True,
         )  # fmt: skip
 
-    dk = tiles.scaled(dk, scale)
+    # Nobody sees a hidden key, though no tile tested it.
     if RUNS:
-        # Nobody sees a hidden key, though no tile tested it.
         shown = ~tile_masks.hidden(mask, batch, n + tl.arange(0, C.BN), n_keys)[:, None]
         dk = tiles.kept(dk, shown)
         dv = tiles.kept(dv, shown)
-    DK += (b * dk_batch + g * dk_head) * C.UNIT
-    DV += (b * dv_batch + g * dv_head) * C.UNIT
-    tiles.store(DK, dk_row * C.UNIT, n, n_keys, dk, C.BN, C.D, C.D0, C.D1)
-    tiles.store(DV, dv_row * C.UNIT, n, n_keys, dv, C.BN, C.DV, C.V0, C.V1)
+    if PART != "dv":
+        DK += (b * dk_batch + g * dk_head) * C.UNIT
+        dk = tiles.scaled(dk, scale)
+        tiles.store(DK, dk_row * C.UNIT, n, n_keys, dk, C.BN, C.D, C.D0, C.D1)
+    if PART != "dk":
+        DV += (b * dv_batch + g * dv_head) * C.UNIT
+        tiles.store(DV, dv_row * C.UNIT, n, n_keys, dv, C.BN, C.DV, C.V0, C.V1)
 
 
 @triton.jit
@@ -194,7 +195,7 @@ def dq_step(
     return tiles.add_product(dq, ds, k, C)
 
 
-@triton.jit(do_not_specialize=DQ_RUNTIME)
+@kernel
 def dq_kernel(
     Q, K, V, DO, STATS, DQ,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
@@ -258,83 +259,113 @@ def backward(
     needs: frozenset[str],
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names, among "q", "k" and "v", each laid out as its tensor."""
-    n_batch, n_heads, n_queries, _ = q.shape
-    kv_heads, n_keys, _ = k.shape[1:]
-    grads = {name: torch.empty_like(t) for name, t in (("q", q), ("k", k), ("v", v)) if name in needs}
-    if lse.numel() == 0 or n_keys == 0:
+    inputs = {"q": q, "k": k, "v": v}
+    grads = {name: torch.empty_like(t) for name, t in inputs.items() if name in needs}
+    if lse.numel() == 0 or k.shape[2] == 0:
         return {name: grad.zero_() for name, grad in grads.items()}
     written = {name: writable(grad) for name, grad in grads.items()}
     q, k, v, out, dout = (launching.readable(t) for t in (q, k, v, out, dout))
-    group = n_heads // kv_heads
-    scale = float(options.scale)
-    mask = launching.mask_code(options.mask)
-    unit = launching.unit_of(q, k, v, out, dout, *written.values())
-    row_bytes = (q.shape[-1] + v.shape[-1]) * q.element_size()
-    inputs = tuple(s // unit for t in (q, k, v, dout) for s in launching.strides(t))
-    sizes = (n_batch, n_heads, group, n_queries, n_keys)
+    call = launching.Setup.of(q, k, v, (out, dout, *written.values()), options)
     with launching.on(q.device):
-        stats = q.new_empty(2, n_batch, n_heads, n_queries, dtype=torch.float32)
-        fixed, tile = launching.constants("stats", q, v, scale, unit)
-        launching.launch(
-            stats_kernel,
-            triton.cdiv(n_queries, tile.BM) * n_batch * n_heads,
-            tile,
-            out, dout, lse.contiguous(), None if dlse is None else dlse.contiguous(), stats,
-            *(s // unit for t in (out, dout) for s in launching.strides(t)),
-            n_heads, n_queries, lse.numel(), fixed,
-        )  # fmt: skip
-        if "k" in needs or "v" in needs:
-            dk = written.get("k", torch.empty(0))
-            fixed, tile = launching.constants("dkdv", q, v, scale, unit)
-            dk = written["k"] if "k" in needs else torch.empty_like(k)
-            dv = written["v"] if "v" in needs else torch.empty_like(v)
-            tiles = query_tiles(mask, tile, n_queries, n_keys)
-            launching.launch(
-                dkdv_kernel,
-                triton.cdiv(n_keys, tile.BN) * n_batch * kv_heads,
-                tile,
-                q, k, v, dout, stats, dk, dv,
-                *inputs, *(s // unit for t in (dk, dv) for s in launching.strides(t)),
-                *sizes, launching.wave(n_queries * group, row_bytes, 1), scale, scale * launching.LOG2E,
-                *mask.arguments, tiles, 0 if tiles is None or mask.n_masks == 1 else tiles.stride(0),
-                mask.rows, mask.queries, mask.has_runs, group > 1, fixed,
-            )  # fmt: skip
+        stats = compute_stats(call, out, dout, lse, dlse)
+        for name in call.key_passes(needs):
+            compute_dkdv(call, name, (q, k, v, dout), stats, written.get("k"), written.get("v"))
         if "q" in needs:
-            fixed, tile = launching.constants("dq", q, v, scale, unit)
-            dq = written["q"]
-            launching.launch(
-                dq_kernel,
-                triton.cdiv(n_queries, tile.BM) * n_batch * n_heads,
-                tile,
-                q, k, v, dout, stats, dq,
-                *inputs, *(s // unit for s in launching.strides(dq)),
-                *sizes, launching.wave(n_keys, row_bytes, group), scale, scale * launching.LOG2E,
-                *mask.arguments,
-                mask.rows, mask.keys, mask.has_runs, fixed,
-            )  # fmt: skip
-    return {
-        name: grad if written[name] is grad else grad.copy_(written[name])
-        for name, grad in grads.items()
-    }
+            compute_dq(call, (q, k, v, dout), stats, written["q"])
+    for name, grad in grads.items():
+        if written[name] is not grad:
+            grad.copy_(written[name])
+    return grads
 
 
 def writable(grad: Tensor) -> Tensor:
     """The tensor, or one like it with contiguous rows."""
-    return grad if grad.stride(-1) == 1 else torch.empty_like(grad, memory_format=torch.contiguous_format)
+    contiguous = torch.contiguous_format
+    return grad if grad.stride(-1) == 1 else torch.empty_like(grad, memory_format=contiguous)
+
+
+def compute_stats(
+    call: launching.Setup, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None
+) -> Tensor:
+    """Base-2 lse and delta of every query: fp32 [2, B, H, N]."""
+    n_batch, n_heads, _, n_queries, _ = call.sizes
+    tile, fixed = call.tuned("stats")
+    stats = torch.empty(2, *lse.shape, dtype=torch.float32, device=lse.device)
+    launching.launch(
+        stats_kernel,
+        triton.cdiv(n_queries, tile.BM) * n_batch * n_heads,
+        tile,
+        *(out, dout, lse.contiguous(), None if dlse is None else dlse.contiguous(), stats),
+        *call.strides(out, dout),
+        *(n_heads, n_queries, lse.numel(), fixed),
+    )
+    return stats
+
+
+def compute_dkdv(
+    call: launching.Setup,
+    name: tuning.Pass,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    stats: Tensor,
+    dk: Tensor | None,
+    dv: Tensor | None,
+) -> None:
+    """Writes dk and dv, or one of them, from q, k, v and dout."""
+    n_batch, n_heads, group, n_queries, n_keys = call.sizes
+    tile, fixed = call.tuned(name)
+    # What a pass does not write it does not touch: any tensor may stand in for it.
+    dk = inputs[1] if dk is None else dk
+    dv = inputs[2] if dv is None else dv
+    seen = query_tiles(call.mask, tile, n_queries, n_keys)
+    launching.launch(
+        dkdv_kernel,
+        triton.cdiv(n_keys, tile.BN) * n_batch * (n_heads // group),
+        tile,
+        *(*inputs, stats, dk, dv),
+        *call.strides(*inputs, dk, dv),
+        *call.sizes,
+        call.wave(n_queries * group, 1),
+        *(call.scale, call.scale * launching.LOG2E),
+        *(*call.mask.arguments, seen, 0 if seen is None else launching.batch_stride(seen)),
+        *(call.mask.rows, call.mask.queries, call.mask.has_runs, group > 1, name, fixed),
+    )
+
+
+def compute_dq(
+    call: launching.Setup,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    stats: Tensor,
+    dq: Tensor,
+) -> None:
+    """Writes dq from q, k, v and dout."""
+    n_batch, n_heads, group, n_queries, n_keys = call.sizes
+    tile, fixed = call.tuned("dq")
+    launching.launch(
+        dq_kernel,
+        triton.cdiv(n_queries, tile.BM) * n_batch * n_heads,
+        tile,
+        *(*inputs, stats, dq),
+        *call.strides(*inputs, dq),
+        *call.sizes,
+        call.wave(n_keys, group),
+        *(call.scale, call.scale * launching.LOG2E),
+        *call.mask.arguments,
+        *(call.mask.rows, call.mask.keys, call.mask.has_runs, fixed),
+    )
 
 
 def query_tiles(mask: launching.MaskCode, tile: Tile, n_queries: int, n_keys: int) -> Tensor | None:
     """The query tiles of every key tile under Intervals: int32 [1|B, key tiles, 4]."""
-    bounds, bounds_batch, bounds_row, runs, runs_batch = mask.intervals
+    bounds, _, _, runs, _ = mask.intervals
     if bounds is None:
         return None
     n_key_tiles = triton.cdiv(n_keys, tile.BN)
-    tiles = bounds.new_empty(mask.n_masks, n_key_tiles, 4)
+    seen = bounds.new_empty(mask.n_masks, n_key_tiles, 4)
     launching.launch(
         tile_masks.query_tiles_kernel,
         mask.n_masks * n_key_tiles,
         Tile(tile.BM, tile.BN, 4, 1),
-        tiles, bounds, bounds_batch, bounds_row, runs, runs_batch, n_queries, n_keys,
-        tile.BM, tile.BN, 2048 // tile.BM, runs is not None,
-    )  # fmt: skip
-    return tiles
+        *(seen, *mask.intervals, n_queries, n_keys),
+        *(tile.BM, tile.BN, 2048 // tile.BM, runs is not None),
+    )
+    return seen

@@ -19,15 +19,9 @@ from torch import Tensor
 
 from flashpatch_kernels.options import Options
 from flashpatch_kernels.triton import launching, tile_masks, tiles
+from flashpatch_kernels.triton.compiling import kernel
 
 LN2 = tl.constexpr(0.6931471805599453)
-
-# Values that vary from call to call: one compilation serves them all.
-RUNTIME = (
-    "q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row o_batch o_head o_row "
-    "n_batch n_heads group n_queries n_keys wave qk_scale "
-    "left right offset bounds_batch bounds_row runs_batch"
-).split()
 
 
 @triton.jit
@@ -41,14 +35,16 @@ def forward_step(
     if not C.FOLD:
         s = s * qk_scale
     if MASKED:
-        s = tl.where(tile_masks.visible(lo, hi, n, mask, batch, n_keys, C.BN, RUNS), s, float("-inf"))
+        s = tl.where(
+            tile_masks.visible(lo, hi, n, mask, batch, n_keys, C.BN, RUNS), s, float("-inf")
+        )
     p, m, l, alpha = tiles.softmax_step(s, m, l, qk_scale, C.FOLD)
     v = tiles.load(values, 0, n, C.BN, C.DV, C.V0, C.V1, C.TMA, MASKED)
     acc = tiles.add_product(tiles.scaled(acc, alpha[:, None]), p, v, C)
     return m, l, acc
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def forward_kernel(
     Q, K, V, O, LSE,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
@@ -115,22 +111,20 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
         return out, lse
     if n_keys == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    q, k, v = launching.readable(q), launching.readable(k), launching.readable(v)
-    group = n_heads // kv_heads
-    scale = float(options.scale)
-    mask = launching.mask_code(options.mask)
-    fixed, tile = launching.constants("forward", q, v, scale, launching.unit_of(q, k, v, out))
-    row_bytes = (fixed.D + fixed.DV) * q.element_size()
+    q, k, v = (launching.readable(t) for t in (q, k, v))
+    call = launching.Setup.of(q, k, v, (out,), options)
+    tile, fixed = call.tuned("forward")
     with launching.on(q.device):
         launching.launch(
             forward_kernel,
             triton.cdiv(n_queries, tile.BM) * n_batch * n_heads,
             tile,
-            q, k, v, out, lse,
-            *(s // fixed.UNIT for t in (q, k, v, out) for s in launching.strides(t)),
-            n_batch, n_heads, group, n_queries, n_keys, launching.wave(n_keys, row_bytes, group),
-            scale * launching.LOG2E,
-            *mask.arguments,
-            mask.rows, mask.keys, mask.has_runs, fixed,
-        )  # fmt: skip
+            *(q, k, v, out, lse),
+            *call.strides(q, k, v, out),
+            *call.sizes,
+            call.wave(n_keys, n_heads // kv_heads),
+            call.scale * launching.LOG2E,
+            *call.mask.arguments,
+            *(call.mask.rows, call.mask.keys, call.mask.has_runs, fixed),
+        )
     return out, lse

@@ -4,7 +4,9 @@ Nothing is checked here, and nothing reads data: what may be asked is decided be
 """
 
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ import triton
 from torch import Tensor
 
 from flashpatch_kernels import masks, tuning
+from flashpatch_kernels.options import Options
 from flashpatch_kernels.triton import tile_masks
 from flashpatch_kernels.tuning import Tile
 
@@ -62,10 +65,12 @@ class MaskCode(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Any, ...]:
+        """In the kernels' order."""
         return (*self.band, *self.intervals)
 
     @property
     def has_runs(self) -> bool:
+        """Whether some keys may be hidden from everybody."""
         return self.intervals[3] is not None
 
 
@@ -132,38 +137,80 @@ def readable(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 and t.stride(-2) < 1 << 22 else t.contiguous()
 
 
-def strides(t: Tensor) -> tuple[int, int, int]:
+def strides(t: Tensor) -> list[int]:
     """Batch, head and row strides of (B, H, N, D); 0 where a dimension has one entry or none."""
-    return tuple(s if n > 1 else 0 for s, n in zip(t.stride()[:3], t.shape[:3], strict=True))  # type: ignore[return-value]
+    return [stride if n > 1 else 0 for stride, n in zip(t.stride(), t.shape[:3], strict=False)]
 
 
-def unit_of(*tensors: Tensor) -> int:
-    """Elements in 16 bytes if every row of every tensor starts at a multiple of them, else 1."""
-    unit = 16 // tensors[0].element_size()
-    for t in tensors:
-        if t.data_ptr() % 16 or any(s % unit for s in strides(t)):
-            return 1
-    return unit
+@dataclass(frozen=True)
+class Setup:
+    """What the kernels of one call share.
 
+    Attributes:
+        sizes: n_batch, n_heads, group, n_queries, n_keys, as kernels take them.
+        head_sizes: D and Dv.
+        unit: Elements in which strides are given: 16 bytes if every row of every tensor starts at a
+            multiple of them, else 1.
+    """
 
-def constants(
-    name: tuning.Pass, q: Tensor, v: Tensor, scale: float, unit: int
-) -> tuple[Constants, Tile]:
-    """What a pass is compiled for, and its tile."""
-    d, dv = q.shape[-1], v.shape[-1]
-    aligned = unit > 1
-    tile = tuning.tile(
-        tuning.architecture(q.device), q.dtype, max(d, dv), name, aligned=aligned
-    )
-    return Constants(
-        d, dv, *chunks(d), *chunks(dv), tile.BM, tile.BN, unit, tile.tma and aligned,
-        scale > 0, precision(q.dtype),
-    ), tile  # fmt: skip
+    device: torch.device
+    dtype: torch.dtype
+    architecture: str
+    sizes: tuple[int, int, int, int, int]
+    head_sizes: tuple[int, int]
+    unit: int
+    scale: float
+    mask: MaskCode
 
+    @staticmethod
+    def of(q: Tensor, k: Tensor, v: Tensor, others: Iterable[Tensor], options: Options) -> "Setup":
+        """The setup of a call on these tensors, all of which the kernels read or write."""
+        n_batch, n_heads, n_queries, d = q.shape
+        unit = 16 // q.element_size()
+        for t in (q, k, v, *others):
+            if t.data_ptr() % 16 or any(stride % unit for stride in strides(t)):
+                unit = 1
+        return Setup(
+            q.device,
+            q.dtype,
+            tuning.architecture(q.device),
+            (n_batch, n_heads, n_heads // k.shape[1], n_queries, k.shape[2]),
+            (d, v.shape[3]),
+            unit,
+            float(options.scale),
+            mask_code(options.mask),
+        )
 
-def wave(n_rows: int, row_bytes: int, sharers: int) -> int:
-    """How many heads are worked on together, `sharers` of which read the same rows."""
-    return max(1, tuning.WAVE_BYTES // (n_rows * row_bytes)) * sharers
+    def tuned(self, name: tuning.Pass) -> tuple[Tile, Constants]:
+        """The tile of a pass, and what it is compiled for."""
+        d, dv = self.head_sizes
+        aligned = self.unit > 1
+        tile = tuning.tile(self.architecture, self.dtype, max(d, dv), name, aligned=aligned)
+        fixed = Constants(
+            *(d, dv, *chunks(d), *chunks(dv)),
+            *(tile.BM, tile.BN, self.unit, tile.tma and aligned),
+            *(self.scale > 0, precision(self.dtype)),
+        )
+        return tile, fixed
+
+    def strides(self, *tensors: Tensor) -> list[int]:
+        """Three strides of each tensor, in units."""
+        return [stride // self.unit for t in tensors for stride in strides(t)]
+
+    def wave(self, n_rows: int, sharers: int) -> int:
+        """How many heads to work on together, where `sharers` read the same `n_rows` rows."""
+        row_bytes = sum(self.head_sizes) * self.dtype.itemsize
+        return max(1, tuning.WAVE_BYTES // (n_rows * row_bytes)) * sharers
+
+    def key_passes(self, needs: frozenset[str]) -> tuple[tuning.Pass, ...]:
+        """The passes that give the gradients of k and v, as far as they are needed."""
+        if not {"k", "v"} <= needs:
+            return ("dk",) if "k" in needs else ("dv",) if "v" in needs else ()
+        aligned = self.unit > 1
+        joint = tuning.has_tile(
+            self.architecture, self.dtype, max(self.head_sizes), "dkdv", aligned=aligned
+        )
+        return ("dkdv",) if joint else ("dk", "dv")
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -171,15 +218,19 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def scratch(size: int, alignment: int, stream: int | None) -> Tensor:  # noqa: ARG001
+def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     """Memory for the descriptors that a kernel makes, from torch's allocator."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def launch(kernel: Any, n_programs: int, tile: Tile, *arguments: Any) -> None:
-    """Runs a kernel on the current device. All programs are in the grid's first, largest dimension."""
+def launch(kernel: Any, n_programs: int, tile: Tile, *arguments: Any) -> Any:
+    """Runs a kernel on the current device, all programs in the grid's first and largest dimension.
+
+    Returns:
+        What was compiled for it; nothing under the interpreter.
+    """
     if tile.tma:
         triton.set_allocator(scratch)
-    kernel[(n_programs,)](
+    return kernel[(n_programs,)](
         *arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True
     )

@@ -15,6 +15,8 @@ Letters: N queries, M keys; BM queries and BN keys a tile.
 import triton
 import triton.language as tl
 
+from flashpatch_kernels.triton.compiling import kernel
+
 
 @triton.jit
 def split(first, end, full_first, full_end, n, SIZE: tl.constexpr):
@@ -119,9 +121,7 @@ def interval_queries(mask, batch, start, n_queries, n_keys, BM: tl.constexpr, BN
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
 
 
-@triton.jit(
-    do_not_specialize=["bounds_batch", "bounds_row", "runs_batch", "n_queries", "n_keys"]
-)
+@kernel
 def query_tiles_kernel(
     tiles,
     bounds,

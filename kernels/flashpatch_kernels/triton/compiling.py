@@ -1,0 +1,17 @@
+"""When a kernel is compiled anew: for other constants and types, never for other numbers."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import triton
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """`triton.jit` for a kernel whose lower-case arguments are numbers that vary between calls.
+
+    Triton would compile anew for a 1 and for a multiple of 16 among them, so that a model that
+    generates would stop to compile at some lengths.
+    """
+    numbers = [name for name in inspect.signature(function).parameters if name.islower()]
+    return triton.jit(function, do_not_specialize=numbers)
