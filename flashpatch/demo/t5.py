@@ -15,17 +15,24 @@ import flashpatch
 from flashpatch.demo import measure as measuring
 from flashpatch.demo import text
 
-# eager itself is off by about 1e-4: it adds N x N terms to 32 sums, one after the other, in fp32
-TOLERANCE = 1e-3
+# of a gradient, relative: what rounding alone may do
+ROUNDING = 1e-5
 EAGER, DEFAULT, PATCHED = "eager", "default", "flashpatch"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One model and input, small enough to send to another process."""
+    """One model and input, small enough to send to another process.
+
+    Attributes:
+        device: Where it runs.
+        tokens: Length of the step that is measured.
+        checked: Length of the step whose gradients are compared with float64's.
+    """
 
     device: str
     tokens: int
+    checked: int
     layers: int = 2
     width: int = 512
     heads: int = 8
@@ -77,7 +84,7 @@ class T5:
     Attributes:
         setting: Model and input.
         steps: One per attention.
-        gradient_errors: Per step, the largest relative difference of a bias gradient to eager's.
+        gradient_errors: Per step, the largest relative error of a bias gradient, against float64.
     """
 
     setting: Setting
@@ -87,11 +94,9 @@ class T5:
     def failures(self) -> list[str]:
         """What should have been otherwise, a sentence each."""
         found = []
-        if not self.gradient_errors[-1] < TOLERANCE:
-            found.append(
-                f"T5's bias gradient differs by {self.gradient_errors[-1]:.1e}, more than "
-                f"{TOLERANCE:.0e}"
-            )
+        eager, patched = self.gradient_errors[0], self.gradient_errors[-1]
+        if not patched <= 2 * eager + ROUNDING:
+            found.append(f"T5's bias gradient is off by {patched:.1e}, eager's by {eager:.1e}")
         if not self.steps[-1].peak_bytes < self.steps[0].peak_bytes:
             found.append("T5's training step does not need less memory than eager's")
         return found
@@ -99,18 +104,20 @@ class T5:
 
 def measure(console: Console, device: torch.device, *, quick: bool = False) -> T5:
     """Takes one training step per attention, each in a process of its own."""
-    setting = Setting(str(device), tokens=3072)
+    setting = Setting(str(device), tokens=3072, checked=1024)
     if quick:
-        setting = Setting(str(device), tokens=768, layers=1, width=64, heads=4, feed_forward=64)
+        toy = {"layers": 1, "width": 64, "heads": 4, "feed_forward": 64}
+        setting = Setting(str(device), tokens=768, checked=256, **toy)
     default = T5ForConditionalGeneration(setting.config()).config._attn_implementation
     steps = []
     for attention in [EAGER, *([DEFAULT] if default != EAGER else []), PATCHED]:
         with console.status(f"{attention}: one training step at {setting.tokens} tokens"):
             steps.append(measuring.in_fresh_process(train, setting, attention))
-    reference = steps[0].bias_gradients
+    with console.status("the same gradients in float64"):
+        exact = _exact_gradients(setting)
     errors = [
         max(
-            ((gradient - reference[name]).norm() / reference[name].norm()).item()
+            ((gradient - exact[name]).norm() / exact[name].norm()).item()
             for name, gradient in step.bias_gradients.items()
         )
         for step in steps
@@ -122,36 +129,52 @@ def train(setting: Setting, attention: str) -> Step:
     """One training step under one attention; everything is the same but that."""
     transformers.logging.set_verbosity_error()
     device = torch.device(setting.device)
-    config = setting.config()
-    if attention == EAGER:
-        config._attn_implementation = EAGER
-    torch.manual_seed(0)
-    with device:
-        model = T5ForConditionalGeneration(config)
+    model = _model(setting, EAGER if attention == EAGER else None)
     words, report = attention, ""
     if attention == DEFAULT:
-        words = f"transformers' default ({model.config._attn_implementation})"
+        words = f"default ({model.config._attn_implementation})"
     if attention == PATCHED:
         report = str(flashpatch.apply(model))
 
-    data = torch.tensor(list(text.stream(2 * setting.tokens)), device=device)[None] + 3
-
-    def step(tokens: int) -> float:
-        model.zero_grad(set_to_none=True)
-        source, target = data[:, : 2 * tokens].chunk(2, dim=1)
-        # the decoder reads one byte behind what it predicts
-        behind = data[:, tokens - 1 : 2 * tokens - 1]
-        loss = model(
-            input_ids=source, decoder_input_ids=behind, labels=target, use_cache=False
-        ).loss
-        loss.backward()
-        return loss.item()
-
     # what happens once: imports on a CPU; on a GPU compilation too, which depends on sizes
-    step(16 if device.type == "cpu" else setting.tokens)
+    _step(model, 16 if device.type == "cpu" else setting.tokens)
     model.zero_grad(set_to_none=True)
-    loss, seconds, peak_bytes = measuring.measured(lambda: step(setting.tokens), device)
+    loss, seconds, peak_bytes = measuring.measured(lambda: _step(model, setting.tokens), device)
+    model.zero_grad(set_to_none=True)
+    _step(model, setting.checked)
     return Step(words, seconds, peak_bytes, loss, _bias_gradients(model), report)
+
+
+def _exact_gradients(setting: Setting) -> dict[str, Tensor]:
+    """The bias gradients in float64.
+
+    Those of eager in float32 are no reference: it adds N x N terms to 32 sums, one after the other,
+    and is off by 1e-3 at 3072 tokens.
+    """
+    model = _model(setting, EAGER).double()
+    _step(model, setting.checked)
+    return _bias_gradients(model)
+
+
+def _model(setting: Setting, attention: str | None) -> T5ForConditionalGeneration:
+    """The model, the same weights at each call; None means transformers' default attention."""
+    config = setting.config()
+    if attention is not None:
+        config._attn_implementation = attention
+    torch.manual_seed(0)
+    with torch.device(setting.device):
+        return T5ForConditionalGeneration(config)
+
+
+def _step(model: T5ForConditionalGeneration, tokens: int) -> float:
+    """Forward and backward: the decoder continues the text that the encoder reads."""
+    data = torch.tensor(list(text.stream(2 * tokens)), device=model.device)[None] + 3
+    source, target = data.chunk(2, dim=1)
+    # the decoder reads one byte behind what it predicts
+    behind = data[:, tokens - 1 : -1]
+    loss = model(input_ids=source, decoder_input_ids=behind, labels=target, use_cache=False).loss
+    loss.backward()
+    return loss.item()
 
 
 def _bias_gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -161,7 +184,7 @@ def _bias_gradients(model: nn.Module) -> dict[str, Tensor]:
         if name.endswith("relative_attention_bias.weight"):
             if parameter.grad is None:
                 raise RuntimeError(f"no gradient reached {name}")
-            gradients[name] = parameter.grad.cpu()
+            gradients[name] = parameter.grad.double().cpu()
     return gradients
 
 
@@ -177,7 +200,7 @@ def show(result: T5, console: Console) -> None:
     console.print()
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("one training step")
-    for heading in ("peak memory", "time", "loss", "bias gradient"):
+    for heading in ("peak memory", "time", "loss", "bias gradient, error"):
         table.add_column(heading, justify="right")
     for step, error in zip(result.steps, result.gradient_errors, strict=True):
         table.add_row(
@@ -185,11 +208,13 @@ def show(result: T5, console: Console) -> None:
             f"{step.peak_bytes / 2**20:,.0f} MiB",
             f"{step.seconds:.2f} s",
             f"{step.loss:.5f}",
-            "reference" if step is eager else f"differs by {error:.1e}",
+            f"{error:.1e}",
             style="bold" if step is patched else "",
         )
     console.print(table)
     console.print(
         f"\n  [bold]{eager.peak_bytes / patched.peak_bytes:.1f}x[/] less memory and "
-        f"[bold]{eager.seconds / patched.seconds:.2f}x[/] the speed of eager"
+        f"[bold]{eager.seconds / patched.seconds:.2f}x[/] the speed of eager. "
+        f"The gradients are those at {setting.checked} bytes, compared with eager's in float64.",
+        soft_wrap=True,
     )
