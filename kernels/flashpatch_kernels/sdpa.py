@@ -1,4 +1,7 @@
-"""Engine `sdpa`: PyTorch's fused attention, for the calls it computes exactly in linear memory."""
+"""Engine `sdpa`: PyTorch's fused attention, for the calls it computes exactly in linear memory.
+
+Which those are, and which small ones besides, is told by the rows of `engines.SDPA`.
+"""
 
 import torch
 from torch import Tensor
@@ -6,9 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flashpatch_kernels import masks
 from flashpatch_kernels.engines import key_range
-from flashpatch_kernels.masks import Band
+from flashpatch_kernels.masks import Band, Mask
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.reference import dense_table
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
@@ -16,31 +18,50 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
 
     Dropout draws from torch's generator: `options.seed` has no part in it.
     """
-    mask, causal, N, M = options.mask, False, q.shape[2], k.shape[2]
-    if isinstance(mask, Band) and N == 1:
-        start, stop = key_range(mask, M)
+    mask, bias = options.mask, _bias(q, k, options)
+    if isinstance(mask, Band) and q.shape[2] == 1:
+        # One query sees a slice of the keys.
+        start, stop = key_range(mask, k.shape[2])
         if start < stop:
             k, v, mask = k[:, :, start:stop], v[:, :, start:stop], Band()
-    if options.bias is None and options.table is None and mask == Band(right=0) and N == M:
+            bias = None if bias is None else bias[..., start:stop]
+    causal = False
+    if mask == Band(right=0) and q.shape[2] == k.shape[2] and bias is None:
         causal, mask = True, Band()
-    seen = None if mask == Band() else masks.allowed(mask, N, M, q.device)
-    terms = []
-    if options.table is not None:
-        terms.append(dense_table(options.table, N, M)[None])
-    if options.bias is not None:
-        terms.append(options.bias)
-    if terms:
-        added = sum(terms[1:], start=terms[0]).to(q.dtype)
-        seen = added if seen is None else added.masked_fill(~seen, -torch.inf)
+    added = _added(q, k, mask, bias)
     # A branch, because the argument must be a bool also where sizes are symbols.
-    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    grouped = {}
+    if q.shape[1] != k.shape[1]:
+        if q.is_cuda and (added is not None or q.dtype == torch.float32 or q.shape[3] > 256):
+            # PyTorch would leave its fused kernels for the sake of grouped heads.
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        else:
+            grouped = {"enable_gqa": True}
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=seen,
+        attn_mask=added,
         dropout_p=options.dropout,
         is_causal=causal,
         scale=options.scale,
         **grouped,
     )
+
+
+def _bias(q: Tensor, k: Tensor, options: Options) -> Tensor | None:
+    """Table and bias as one tensor in q's dtype, [B|1, H|1, N|1, M]."""
+    if options.table is None:
+        return None if options.bias is None else options.bias.to(q.dtype)
+    # Row i begins at entry N - 1 - i; PyTorch's gradient of this is faster than that of a gather.
+    table = options.table.unfold(1, k.shape[2], 1).flip(1)[None]
+    return (table if options.bias is None else table + options.bias).to(q.dtype)
+
+
+def _added(q: Tensor, k: Tensor, mask: Mask, bias: Tensor | None) -> Tensor | None:
+    """Mask and bias as PyTorch takes them: bool if there is only a mask."""
+    if mask == Band():
+        return bias
+    seen = masks.allowed(mask, q.shape[2], k.shape[2], q.device)
+    return seen if bias is None else bias.masked_fill(~seen, -torch.inf)

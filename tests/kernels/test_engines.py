@@ -1,0 +1,274 @@
+"""Which engine takes a call, and that the reason of each that does not is told."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from flashpatch_kernels import engines, op
+from flashpatch_kernels.engines import COMMON, ENGINES, SDPA, TILED, TRITON, Call, choose, why_not
+from flashpatch_kernels.masks import Band, Boolean, Intervals, key_mask
+from flashpatch_kernels.options import Options
+
+CPU = Call(device="cpu", n_queries=2048, n_keys=2048)
+CUDA = Call(device="cuda", capability=(9, 0), dtype=torch.bfloat16)
+CAUSAL = {"band": Band(right=0), "one_row": False}
+INTERVALS = {"mask": Intervals, "band": None, "one_row": False}
+BOOLEAN = {"mask": Boolean, "band": None, "one_row": False}
+
+# One call per requirement that the engine does not take, and for no other reason.
+UNMET = {
+    "MIXED": (TILED, replace(CPU, mixed=True)),
+    "DTYPE": (TILED, replace(CPU, dtype=torch.float8_e5m2)),
+    "HEADS": (TILED, replace(CPU, heads=3, kv_heads=2)),
+    "TRITON_MISSING": (TRITON, CUDA),
+    "TRITON_DEVICE": (TRITON, CPU),
+    "TRITON_DTYPE": (TRITON, replace(CUDA, dtype=torch.float64)),
+    "TRITON_BFLOAT16": (TRITON, replace(CUDA, capability=(7, 5))),
+    "TRITON_HEAD_SIZE": (TRITON, replace(CUDA, head_size=8)),
+    "TRITON_BOOLEAN": (TRITON, replace(CUDA, **BOOLEAN)),
+    "TRITON_SOFTCAP": (TRITON, replace(CUDA, softcap=True)),
+    "TRITON_TABLE": (TRITON, replace(CUDA, table=True)),
+    "TRITON_BIAS": (TRITON, replace(CUDA, bias=True)),
+    "TRITON_SINKS": (TRITON, replace(CUDA, sinks=True)),
+    "TRITON_DROPOUT": (TRITON, replace(CUDA, dropout=0.1)),
+    "SDPA_LSE": (SDPA, replace(CPU, lse=True)),
+    "SDPA_SOFTCAP": (SDPA, replace(CPU, softcap=True)),
+    "SDPA_SINKS": (SDPA, replace(CPU, sinks=True)),
+    "SDPA_DTYPE": (SDPA, replace(CUDA, dtype=torch.float64)),
+    "SDPA_HEAD_SIZE": (SDPA, replace(CPU, value_size=32)),
+    "SDPA_TABLE": (SDPA, replace(CPU, table=True)),
+    "SDPA_MASK": (SDPA, replace(CPU, **INTERVALS)),
+    "SDPA_BIAS": (SDPA, replace(CPU, bias=True, bias_grad=True)),
+    "SDPA_DROPOUT": (SDPA, replace(CPU, dropout=0.1)),
+}
+
+
+@pytest.fixture(autouse=True)
+def triton_installed(monkeypatch):
+    monkeypatch.setattr(engines, "TRITON_INSTALLED", True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.parametrize("name", UNMET)
+def test_the_first_requirement_that_is_not_met_is_the_reason(name, monkeypatch):
+    engine, call = UNMET[name]
+    if name == "TRITON_MISSING":
+        monkeypatch.setattr(engines, "TRITON_INSTALLED", False)
+    assert why_not(engine, call).name == name
+
+
+def test_every_reason_has_one_row_and_one_call_above():
+    rows = [*COMMON, *(row for engine in ENGINES for row in engine.requirements)]
+    names = [reason.name for reason, _ in rows]
+    assert sorted(names) == sorted(UNMET)
+    texts = [reason.text for reason, _ in rows]
+    assert len(set(texts)) == len(texts)
+
+
+def test_preferences_have_reasons_of_their_own():
+    rows = [row for engine in ENGINES for row in engine.preferences]
+    names = [reason.name for reason, _ in rows]
+    assert len(set(names)) == len(names)
+    assert not set(names) & set(UNMET)
+
+
+def test_a_reason_prints_as_its_sentence():
+    assert str(why_not(SDPA, replace(CPU, softcap=True))) == "PyTorch's attention has no softcap"
+
+
+@pytest.mark.parametrize(
+    ("call", "engine"),
+    [
+        (CUDA, "triton"),
+        (replace(CUDA, **CAUSAL), "triton"),
+        (replace(CUDA, **INTERVALS), "triton"),
+        (replace(CUDA, lse=True), "triton"),
+        (replace(CUDA, heads=8, kv_heads=2), "triton"),
+        (replace(CUDA, dtype=torch.float32), "sdpa"),
+        (replace(CUDA, dtype=torch.float32, **CAUSAL), "sdpa"),
+        (replace(CUDA, dtype=torch.float32, **INTERVALS), "triton"),
+        (replace(CUDA, dtype=torch.float32, lse=True), "triton"),
+        (replace(CUDA, dtype=torch.float64), "tiled"),
+        (replace(CUDA, **BOOLEAN), "sdpa"),
+        (replace(CUDA, head_size=512, value_size=512), "sdpa"),
+        (replace(CUDA, dropout=0.1), "sdpa"),
+        (replace(CUDA, bias=True, bias_grad=True), "sdpa"),
+        (replace(CUDA, table=True), "tiled"),
+        (replace(CUDA, table=True, n_queries=1), "sdpa"),
+        (replace(CUDA, softcap=True), "tiled"),
+        (replace(CUDA, sinks=True, **INTERVALS), "tiled"),
+        (CPU, "sdpa"),
+        (replace(CPU, dtype=torch.float64), "sdpa"),
+        (replace(CPU, **CAUSAL), "sdpa"),
+        (replace(CPU, **CAUSAL, n_keys=4096), "tiled"),
+        (replace(CPU, band=Band(left=99, right=0), one_row=False), "tiled"),
+        (replace(CPU, **INTERVALS), "tiled"),
+        (replace(CPU, mask=Intervals, band=None), "sdpa"),
+        (replace(CPU, **INTERVALS, n_queries=512, n_keys=512), "sdpa"),
+        (replace(CPU, **BOOLEAN), "sdpa"),
+        (replace(CPU, table=True), "tiled"),
+        (replace(CPU, table=True, n_queries=200, n_keys=200), "sdpa"),
+        (replace(CPU, table=True, n_queries=512, n_keys=512), "tiled"),
+        (replace(CPU, table=True, n_queries=1), "sdpa"),
+        (replace(CPU, bias=True), "sdpa"),
+        (replace(CPU, bias=True, **CAUSAL), "tiled"),
+        (replace(CPU, bias=True, bias_one_row=True, mask=Intervals, band=None), "sdpa"),
+        (replace(CPU, dropout=0.1), "tiled"),
+        (replace(CPU, n_queries=1, band=Band(left=99, right=0, offset=2047)), "sdpa"),
+        (replace(CPU, value_size=32), "tiled"),
+    ],
+)
+def test_the_engine_of_choice(call, engine):
+    assert choose(call).name == engine
+
+
+def test_without_triton_a_cuda_call_runs_all_the_same(monkeypatch):
+    monkeypatch.setattr(engines, "TRITON_INSTALLED", False)
+    assert choose(CUDA).name == "sdpa"
+    assert choose(replace(CUDA, **INTERVALS)).name == "tiled"
+
+
+def test_the_interpreter_serves_only_who_asks_for_it(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert why_not(TRITON, CPU) is None
+    assert choose(CPU).name == "sdpa"
+    assert choose(replace(CPU, **INTERVALS)).name == "tiled"
+
+
+def test_no_engine_at_all_is_an_error_with_the_reason():
+    with pytest.raises(ValueError, match="multiple of the key heads"):
+        choose(replace(CPU, heads=3, kv_heads=2))
+
+
+def test_a_call_is_described_by_its_metadata():
+    q = torch.randn(2, 8, 5, 16, requires_grad=True)
+    k, v = torch.randn(2, 4, 7, 16), torch.randn(2, 4, 7, 12)
+    options = Options(
+        mask=key_mask(torch.ones(2, 7, dtype=torch.bool)),
+        softcap=3.0,
+        bias=torch.zeros(1, 8, 1, 7),
+        dropout=0.1,
+    )
+    assert Call.of(q, k, v, options, lse=True) == Call(
+        device="cpu",
+        dtype=torch.float32,
+        batch=2,
+        heads=8,
+        kv_heads=4,
+        n_queries=5,
+        n_keys=7,
+        head_size=16,
+        value_size=12,
+        mask=Intervals,
+        band=None,
+        softcap=True,
+        bias=True,
+        bias_one_row=True,
+        dropout=0.1,
+        needs_grad=True,
+        lse=True,
+    )
+    with torch.no_grad():
+        assert not Call.of(q, k, v, options).needs_grad
+    assert Call.of(q, k.double(), v, options).mixed
+
+
+def test_the_dtype_of_a_call_is_that_of_autocast():
+    x = torch.randn(1, 1, 4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        call = Call.of(x, x.bfloat16(), x, Options())
+        assert Call.of(*[x.double()] * 3, Options()).dtype == torch.float64
+    assert call.dtype == torch.bfloat16
+    assert not call.mixed
+
+
+def fused(one):
+    """Whether PyTorch chooses a fused kernel for the call that the engine makes of a sample."""
+    seen = []
+
+    def spy(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        choice = torch._fused_sdp_choice(
+            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        seen.append(choice != torch.nn.attention.SDPBackend.MATH.value)
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flashpatch_kernels.sdpa.scaled_dot_product_attention", spy)
+        op.run(one.q, one.k, one.v, one.options, "sdpa")
+    return seen == [True]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("terms", [(), ("bias",)])
+def test_a_long_call_on_a_cpu_is_fused_wherever_sdpa_takes_it(
+    sample, mask_name, terms, kv_heads, monkeypatch
+):
+    monkeypatch.setattr(engines, "SMALL_MASK", 0)
+    monkeypatch.setattr(engines, "SMALL_BIAS", 0)
+    for n, m in ((37, 45), (45, 45), (1, 45)):
+        one = sample(mask_name, n=n, m=m, terms=terms, kv_heads=kv_heads)
+        if terms:
+            one.options.bias.requires_grad_(False)
+        if why_not(SDPA, Call.of(one.q, one.k, one.v, one.options)) is None:
+            assert fused(one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("terms", [(), ("table", "bias")])
+def test_sdpa_is_as_exact_as_pytorch(sample, check, mask_name, terms, dtype):
+    def attend(q, k, v, options):
+        call = Call.of(q, k, v, options)
+        assert why_not(SDPA, call) is None
+        assert choose(call) is SDPA
+        out, lse = op.run(q, k, v, options, "sdpa")
+        assert lse is None
+        # The rule also wants an lse.
+        return out, op.run(q, k, v, options, "tiled")[1]
+
+    check(sample(mask_name, kv_heads=2, terms=terms, dtype=dtype), attend)
+
+
+@pytest.mark.parametrize("terms", [(), ("table", "bias")])
+def test_sdpa_slices_the_keys_of_a_single_query(sample, check, terms):
+    def attend(q, k, v, options):
+        return op.run(q, k, v, options, "sdpa")[0], op.run(q, k, v, options, "tiled")[1]
+
+    for mask in ("full", "causal", "causal window", "window", "future only", "keys", "boolean"):
+        check(sample(mask, n=1, kv_heads=2, terms=terms), attend)
+
+
+def test_sdpa_takes_any_strides(sample, check):
+    one = sample("causal")
+    for name in "qkv":
+        x = getattr(one, name).detach().transpose(2, 3).contiguous().transpose(2, 3)
+        object.__setattr__(one, name, x.requires_grad_())
+    check(one, lambda *call: (op.run(*call, "sdpa")[0], op.run(*call, "tiled")[1]))
+
+
+def test_sdpa_gives_zero_and_finite_gradients_to_rows_that_see_nothing(sample):
+    for mask in ("boolean", "boolean per head", "intervals", "causal keys"):
+        one = sample(mask)
+        out, _ = op.run(one.q, one.k, one.v, one.options, "sdpa")
+        _, lse = op.run(one.q, one.k, one.v, one.options, "tiled")
+        dead = lse == -torch.inf
+        assert dead.any()
+        assert not out[dead].any()
+        grads = torch.autograd.grad(out.sum(), (one.q, one.k, one.v))
+        assert all(grad.isfinite().all() for grad in grads)
+        assert not grads[0][dead].any()
+
+
+def test_sdpa_drops_weights_by_torchs_generator(sample):
+    one = sample("causal", dropout=0.5)
+    torch.manual_seed(0)
+    first, _ = op.run(one.q, one.k, one.v, one.options, "sdpa")
+    second, _ = op.run(one.q, one.k, one.v, one.options, "sdpa")
+    torch.manual_seed(0)
+    third, _ = op.run(one.q, one.k, one.v, one.options, "sdpa")
+    assert not torch.equal(first, second)
+    assert torch.equal(first, third)
