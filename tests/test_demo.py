@@ -40,9 +40,10 @@ def test_a_step_is_charged_with_its_own_peak():
 
 @LINUX
 def test_an_earlier_peak_is_forgotten():
-    torch.ones(128 * MIB // 4).sum()
-    _, _, peak = measure.measured(lambda: torch.ones(32 * MIB // 4).sum(), CPU)
-    assert 28 * MIB < peak < 64 * MIB
+    # a block of 32 MiB or less may come from what this process has freed, and add nothing
+    torch.ones(256 * MIB // 4).sum()
+    _, _, peak = measure.measured(lambda: torch.ones(64 * MIB // 4).sum(), CPU)
+    assert 60 * MIB < peak < 100 * MIB
 
 
 @LINUX
