@@ -22,7 +22,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor
     """
     batch, heads, n_queries, _ = q.shape
     n_keys = k.shape[2]
-    groups = heads // k.shape[1]
+    groups = heads // max(k.shape[1], 1)
     k, v = (x.double().repeat_interleave(groups, dim=1) for x in (k, v))
 
     s = q.double() @ k.transpose(-1, -2) * options.scale  # [B, H, N, M]

@@ -1,0 +1,524 @@
+"""The public function: what it checks, and what autograd, compile and checkpointing make of it."""
+
+import math
+import subprocess
+import sys
+from functools import partial
+
+import jaxtyping
+import pytest
+import torch
+from beartype import beartype
+from torch.utils.checkpoint import checkpoint
+
+import flashpatch_kernels
+from flashpatch_kernels import attention, op, reference
+from flashpatch_kernels.masks import Band, Boolean, Intervals, key_mask
+from flashpatch_kernels.options import Options
+
+B, H, H_KV, N, M, D, DV = 2, 4, 2, 6, 8, 16, 16
+
+
+def tensors(n=N, m=M, *, dtype=torch.float32, grad=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((B, H, n, D), (B, H_KV, m, D), (B, H_KV, m, DV))
+    return tuple(
+        torch.randn(*shape, generator=generator).to(dtype).requires_grad_(grad) for shape in shapes
+    )
+
+
+def terms(n=N, m=M, *, grad=False):
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"table": (H, n + m - 1), "bias": (1, H, 1, m), "sinks": (H,)}
+    return {
+        name: torch.randn(*shape, generator=generator).requires_grad_(grad)
+        for name, shape in shapes.items()
+    }
+
+
+def seen_keys(n=N, m=M, **mask):
+    """Who sees whom, read off the gradient of each output: bool [N, M] of the first batch row."""
+    q = torch.zeros(B, 1, n, D)
+    v = torch.eye(m).expand(B, 1, m, m)
+    out = attention(q, torch.zeros(B, 1, m, D), v, engine="tiled", **mask)
+    return out[0, 0] > 0
+
+
+# What may be seen.
+
+
+def test_causal_lets_the_last_query_see_every_key():
+    assert seen_keys(2, 5, causal=True).tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert seen_keys(3, 2, causal=True).tolist() == [[0, 0], [1, 0], [1, 1]]
+
+
+def test_a_causal_window_keeps_the_last_keys():
+    assert seen_keys(3, 4, causal=True, window=2).tolist() == [
+        [1, 1, 0, 0],
+        [0, 1, 1, 0],
+        [0, 0, 1, 1],
+    ]
+
+
+def test_a_window_reaches_as_far_to_both_sides():
+    assert seen_keys(4, 4, window=2).tolist() == [
+        [1, 1, 0, 0],
+        [1, 1, 1, 0],
+        [0, 1, 1, 1],
+        [0, 0, 1, 1],
+    ]
+
+
+def test_the_sides_of_a_window_may_differ_or_be_open():
+    assert seen_keys(3, 3, window=(0, 1)).tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 1]]
+    assert seen_keys(3, 3, window=(None, 0)).tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    assert seen_keys(3, 3, window=(1, None)).tolist() == [[1, 1, 1], [1, 1, 1], [0, 1, 1]]
+    assert seen_keys(3, 3, window=(1, 2), causal=True).tolist() == [
+        [1, 0, 0],
+        [1, 1, 0],
+        [0, 1, 1],
+    ]
+
+
+def test_causal_window_and_mask_intersect():
+    keys = torch.tensor([[False, True, True], [True, True, True]])
+    assert seen_keys(3, 3, causal=True, mask=keys).tolist() == [[0, 0, 0], [0, 1, 0], [0, 1, 1]]
+    grid = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]]).bool()[None, None]
+    assert seen_keys(3, 3, causal=True, window=2, mask=grid).tolist() == [
+        [1, 0, 0],
+        [0, 1, 0],
+        [0, 0, 1],
+    ]
+
+
+def test_every_form_of_a_mask_means_the_same():
+    keys = torch.tensor([[False, True, True, False], [False, True, True, False]])
+    bounds = torch.tensor([[[1, 3]]], dtype=torch.int32)
+    forms = (
+        keys,
+        keys[:1],
+        keys[:, None, None],
+        bounds,
+        bounds.expand(B, 3, 2),
+        key_mask(keys),
+        Intervals(bounds),
+        Boolean(keys[:1, None, None]),
+    )
+    for form in forms:
+        assert seen_keys(3, 4, mask=form).tolist() == [[0, 1, 1, 0]] * 3
+    assert seen_keys(3, 4, mask=Band(left=0, right=0, offset=1)).tolist() == [
+        [0, 1, 0, 0],
+        [0, 0, 1, 0],
+        [0, 0, 0, 1],
+    ]
+
+
+def test_intervals_that_leave_the_keys_are_cut():
+    bounds = torch.tensor([[[-5, 2], [1, 99], [3, 1]]], dtype=torch.int32)
+    assert seen_keys(3, 4, mask=bounds).tolist() == [[1, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 0]]
+
+
+def test_a_limit_that_hides_nothing_leaves_the_mask_full():
+    band = partial(op._band, 1, 9)
+    assert band(causal=True, window=None) == Band()
+    assert band(causal=True, window=9) == Band()
+    assert band(causal=True, window=8) == Band(left=7, offset=8)
+
+
+# The other arguments.
+
+
+def test_the_default_scale_is_that_of_the_head_size():
+    q, k, v = tensors()
+    assert torch.equal(attention(q, k, v), attention(q, k, v, scale=D**-0.5))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0, -0.3, 3])
+def test_any_finite_scale(scale):
+    q, k, v = tensors()
+    expected = reference.attention(q, k, v, Options(scale=scale))[0]
+    for engine in ("tiled", "sdpa"):
+        assert torch.allclose(attention(q, k, v, scale=scale, engine=engine), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", [None, "tiled", "reference"])
+def test_the_lse_is_returned_on_demand(engine):
+    q, k, v = tensors()
+    out, lse = attention(q, k, v, causal=True, engine=engine, return_lse=True)
+    assert torch.allclose(out, attention(q, k, v, causal=True, engine=engine), atol=1e-6)
+    scores = q @ k.repeat_interleave(2, 1).transpose(2, 3) * D**-0.5
+    seen = torch.ones(N, M).tril(M - N).bool()
+    expected = scores.masked_fill(~seen, -torch.inf).logsumexp(-1)
+    assert lse.dtype == torch.float32
+    assert torch.allclose(lse, expected, atol=1e-6)
+
+
+def test_dropout_is_drawn_from_torchs_generator():
+    q, k, v = tensors(300, 300)
+    call = partial(attention, q, k, v, dropout=0.5, engine="tiled")
+    torch.manual_seed(3)
+    first, second = call(), call()
+    torch.manual_seed(3)
+    third = call()
+    assert torch.equal(first, third)
+    assert not torch.equal(first, second)
+
+
+def test_the_engines_agree():
+    q, k, v = tensors()
+    results = [
+        attention(q, k, v, causal=True, engine=engine)
+        for engine in (None, "tiled", "sdpa", "reference")
+    ]
+    for result in results[1:]:
+        assert torch.allclose(result, results[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "batch", "heads"),
+    [(0, 5, 2, 4), (5, 0, 2, 4), (0, 0, 2, 4), (5, 5, 0, 4), (5, 5, 2, 0)],
+)
+@pytest.mark.parametrize("engine", [None, "tiled", "sdpa", "reference"])
+def test_empty_inputs_give_empty_outputs_or_zeros(n, m, batch, heads, engine):
+    q = torch.randn(batch, heads, n, D, requires_grad=True)
+    k, v = (torch.randn(batch, heads, m, D, requires_grad=True) for _ in range(2))
+    out = attention(q, k, v, engine=engine)
+    assert out.shape == (batch, heads, n, D)
+    assert not out.any()
+    for x, grad in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+        assert grad.shape == x.shape
+        assert not grad.any()
+
+
+def test_without_keys_the_lse_is_that_of_the_sink():
+    q, k, v = tensors(3, 0)
+    _, lse = attention(q, k, v, return_lse=True)
+    assert bool((lse == -torch.inf).all())
+    sinks = torch.randn(H)
+    _, lse = attention(q, k, v, return_lse=True, sinks=sinks)
+    assert torch.allclose(lse, sinks[:, None].expand(B, H, 3))
+
+
+# Refusals.
+
+q, k, v = tensors()
+BAD = {
+    "no tensor": (TypeError, "q must be a tensor, not list", {"q": [1.0]}),
+    "rank": (ValueError, r"k must have 4 dimensions.*\(2, 2, 8\)", {"k": k[..., 0]}),
+    "integers": (
+        TypeError,
+        "v must be of a floating point dtype, not torch.int64",
+        {"v": v.long()},
+    ),
+    "device": (ValueError, "k is on meta, q on cpu", {"k": k.to("meta")}),
+    "dtypes": (TypeError, "k is torch.float64, q is torch.float32", {"k": k.double()}),
+    "batch": (ValueError, r"differ in batch: \(1, 4, 6, 16\)", {"q": q[:1]}),
+    "length": (ValueError, r"k and v differ .*\(2, 2, 7, 16\)", {"v": v[:, :, 1:]}),
+    "kv heads": (ValueError, r"k and v differ .*\(2, 1, 8, 16\)", {"k": k[:, :1]}),
+    "head size": (ValueError, r"q and k differ in head size: \(2, 4, 6, 9\)", {"q": q[..., :9]}),
+    "no head size": (ValueError, "a head size is 0", {"v": v[..., :0]}),
+    "groups": (ValueError, "3 query heads are not a multiple of 2", {"q": q[:, :3]}),
+    "no kv heads": (
+        ValueError,
+        "4 query heads are not a multiple of 0",
+        {"k": k[:, :0], "v": v[:, :0]},
+    ),
+    "window 0": (ValueError, "at least 1 key, not 0", {"window": 0}),
+    "window below 0": (ValueError, "at least 1 key, not -3", {"window": -3}),
+    "window side": (ValueError, "None or at least 0, not -1", {"window": (2, -1)}),
+    "window float": (TypeError, "an int or a pair, not 2.5", {"window": 2.5}),
+    "window bool": (TypeError, "an int or a pair, not True", {"window": True}),
+    "window triple": (TypeError, r"an int or a pair, not \(1, 2, 3\)", {"window": (1, 2, 3)}),
+    "float mask": (TypeError, "scores go in `bias`", {"mask": torch.zeros(B, M)}),
+    "mask type": (TypeError, "a mask record, not str", {"mask": "causal"}),
+    "mask rank": (ValueError, r"torch.bool of shape \(8,\)", {"mask": torch.ones(M).bool()}),
+    "key mask": (ValueError, r"\(2 or 1, 8\), not \(2, 6\)", {"mask": torch.ones(B, N).bool()}),
+    "bool mask": (
+        ValueError,
+        r"\(2 or 1, 4 or 1, 6 or 1, 8\), not \(2, 2, 6, 8\)",
+        {"mask": torch.ones(B, 2, N, M).bool()},
+    ),
+    "intervals": (
+        ValueError,
+        r"\(2 or 1, 6 or 1, 2\), not \(2, 8, 2\)",
+        {"mask": torch.zeros(B, M, 2).int()},
+    ),
+    "int64 intervals": (
+        TypeError,
+        "must be bool or int32, not torch.int64",
+        {"mask": torch.zeros(B, N, 2).long()},
+    ),
+    "record's dtype": (
+        TypeError,
+        "torch.int32, not torch.int64",
+        {"mask": Intervals(torch.zeros(B, N, 2).long())},
+    ),
+    "record's runs": (
+        ValueError,
+        r"mask's runs must have shape \(2 or 1, 8\)",
+        {"mask": Intervals(torch.zeros(B, N, 2).int(), torch.zeros(B, N).int())},
+    ),
+    "mask device": (
+        ValueError,
+        "mask is on meta",
+        {"mask": torch.ones(B, M, device="meta").bool()},
+    ),
+    "scale nan": (ValueError, "scale must be finite, not nan", {"scale": math.nan}),
+    "scale inf": (ValueError, "scale must be finite, not inf", {"scale": math.inf}),
+    "scale type": (TypeError, "scale must be a number, not '1'", {"scale": "1"}),
+    "softcap negative": (ValueError, "softcap must be positive", {"softcap": -1.0}),
+    "softcap 0": (ValueError, "softcap must be positive and finite, not 0", {"softcap": 0}),
+    "softcap nan": (
+        ValueError,
+        "softcap must be positive and finite, not nan",
+        {"softcap": math.nan},
+    ),
+    "softcap type": (TypeError, "softcap must be a number", {"softcap": True}),
+    "table size": (
+        ValueError,
+        r"table must have shape \(4, 13\), not \(4, 12\)",
+        {"table": torch.zeros(H, 12)},
+    ),
+    "table type": (TypeError, "table must be a tensor, not list", {"table": [1.0]}),
+    "table dtype": (TypeError, "table must be of a floating", {"table": torch.zeros(H, 13).int()}),
+    "table device": (ValueError, "table is on meta", {"table": torch.zeros(H, 13, device="meta")}),
+    "bias shape": (
+        ValueError,
+        r"bias must have shape \(2 or 1, 4 or 1, 6 or 1, 8\), not \(1, 1, 6, 1\)",
+        {"bias": torch.zeros(1, 1, N, 1)},
+    ),
+    "bias dtype": (
+        TypeError,
+        "bias must be of a floating",
+        {"bias": torch.ones(1, 1, N, M).bool()},
+    ),
+    "sinks shape": (
+        ValueError,
+        r"sinks must have shape \(4\), not \(2,\)",
+        {"sinks": torch.zeros(2)},
+    ),
+    "dropout 1": (ValueError, r"dropout must be in \[0, 1\), not 1", {"dropout": 1.0}),
+    "dropout negative": (ValueError, r"dropout must be in \[0, 1\), not -0.1", {"dropout": -0.1}),
+    "dropout type": (TypeError, "dropout must be a number, not '0.1'", {"dropout": "0.1"}),
+    "engine": (
+        ValueError,
+        "engine must be one of triton, sdpa, tiled, reference, not 'flash'",
+        {"engine": "flash"},
+    ),
+    "engine that cannot": (
+        ValueError,
+        "engine 'sdpa' cannot serve this call: PyTorch's attention has no softcap",
+        {"engine": "sdpa", "softcap": 2.0},
+    ),
+    "engine elsewhere": (
+        ValueError,
+        "engine 'triton' cannot serve this call",
+        {"engine": "triton", "softcap": 2.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_wrong_argument_is_refused_with_its_value(name):
+    error, message, change = BAD[name]
+    with pytest.raises(error, match=message):
+        attention(**({"q": q, "k": k, "v": v} | change))
+
+
+def test_an_unknown_argument_is_refused():
+    with pytest.raises(TypeError, match="attn_mask"):
+        attention(q, k, v, attn_mask=None)
+
+
+# What the rest of PyTorch makes of it.
+
+CALLS = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": 3},
+    "keys": {"mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1, 0]] * B).bool(), "causal": True},
+    "bool": {"mask": (torch.arange(N * M).view(1, 1, N, M) % 3 > 0)},
+    "dropout": {"dropout": 0.4},
+    "terms": {**terms(), "softcap": 3.0},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_operators_keep_the_rules_of_torch(name):
+    call = dict(CALLS[name])
+    dropout = call.pop("dropout", 0.0)
+    mask = {key: call.pop(key, None) for key in ("causal", "window", "mask")}
+    options = Options(
+        mask=op._mask(q, k, **{**mask, "causal": bool(mask["causal"])}),
+        dropout=dropout,
+        seed=torch.tensor([5]) if dropout else None,
+        **call,
+    )
+    inputs = tensors(grad=True)
+    flat = op._flat(options)
+    torch.library.opcheck(torch.ops.flashpatch.forward.default, (*inputs, "tiled", *flat))
+    with torch.no_grad():
+        out, lse = torch.ops.flashpatch.forward.default(*inputs, "tiled", *flat)
+    needs = ["q", "v", *(["table", "bias", "sinks"] if name == "terms" else [])]
+    inputs = tuple(x.detach() for x in inputs)
+    torch.library.opcheck(
+        torch.ops.flashpatch.backward.default,
+        (out, lse, *inputs, out, lse, "tiled", needs, *flat),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("engine", [None, "tiled"])
+def test_it_compiles_without_a_break(name, engine):
+    """In training, with the chosen engine as with one that is an operator."""
+    if engine is None and name == "dropout":
+        pytest.skip("compiled, PyTorch's own dropout draws other numbers")
+
+    def loss(q, k, v):
+        return attention(q, k, v, engine=engine, **CALLS[name]).square().sum()
+
+    inputs = tensors(grad=True)
+    torch._dynamo.reset()
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        results.append(torch.autograd.grad(function(*inputs), inputs))
+    for plain, compiled in zip(*results, strict=True):
+        assert torch.allclose(plain, compiled, atol=1e-6)
+
+
+def test_it_compiles_once_for_every_length():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    call = torch.compile(
+        partial(attention, causal=True, engine="tiled"),
+        fullgraph=True,
+        dynamic=True,
+        backend=backend,
+    )
+    for n in (12, 20, 33):
+        inputs = tensors(n, n)
+        expected = attention(*inputs, causal=True, engine="tiled")
+        assert torch.allclose(call(*inputs), expected)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_recomputes_the_same_dropout(reentrant):
+    inputs, options = tensors(grad=True), terms(grad=True)
+
+    def call(q, k, v):
+        return attention(q, k, v, causal=True, dropout=0.5, engine="tiled", **options)
+
+    every = (*inputs, *options.values())
+    results = []
+    for run in (call, partial(checkpoint, call, use_reentrant=reentrant)):
+        torch.manual_seed(0)
+        run(*inputs).square().sum().backward()
+        results.append([x.grad for x in every])
+        for x in every:
+            x.grad = None
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("engine", [None, "tiled", "reference"])
+def test_autocast_computes_in_its_dtype(engine):
+    inputs, options = tensors(grad=True), terms(grad=True)
+    low = tuple(x.detach().bfloat16() for x in inputs)
+    expected = attention(*low, engine=engine, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(*inputs, engine=engine, **options)
+        mixed = attention(low[0], *inputs[1:], engine=engine, **options)
+        out.float().sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+    assert torch.equal(mixed, expected)
+    for x in (*inputs, *options.values()):
+        assert x.grad.dtype == torch.float32
+
+
+def test_the_lse_alone_may_be_differentiated():
+    inputs = tensors(grad=True)
+    _, lse = attention(*inputs, return_lse=True, engine="tiled")
+    grads = torch.autograd.grad(lse.sum(), inputs)
+    expected = torch.autograd.grad(
+        attention(*inputs, return_lse=True, engine="reference")[1].sum(),
+        inputs,
+        materialize_grads=True,
+    )
+    for grad, exact in zip(grads, expected, strict=True):
+        assert torch.allclose(grad, exact, atol=1e-5)
+
+
+def test_a_second_derivative_is_refused():
+    inputs = tensors(grad=True)
+    (grad,) = torch.autograd.grad(
+        attention(*inputs, engine="tiled").square().sum(), inputs[:1], create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.sum().backward()
+
+
+def test_frozen_inputs_cost_no_gradient(monkeypatch):
+    from flashpatch_kernels import tiled
+
+    asked = []
+    backward = tiled.backward
+
+    def spy(*arguments):
+        asked.append(arguments[-1])
+        return backward(*arguments)
+
+    monkeypatch.setattr(tiled, "backward", spy)
+    q, k, v = tensors()
+    attention(q.requires_grad_(), k, v, engine="tiled").sum().backward()
+    assert asked == [frozenset(("q",))]
+    assert not attention(q.detach(), k, v, engine="tiled").requires_grad
+
+
+def test_no_seed_is_drawn_without_dropout():
+    before = torch.random.get_rng_state()
+    attention(*tensors(), engine="tiled")
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_the_shapes_that_it_is_annotated_with_are_true():
+    checked = jaxtyping.jaxtyped(attention, typechecker=beartype)
+    q, k, v = tensors()
+    every = terms()
+    assert checked(q, k, v, causal=True, **every).shape == (B, H, N, DV)
+    assert checked(q, k, v, mask=key_mask(torch.ones(B, M).bool()), window=(2, None)).shape
+    assert len(checked(q, k, v, mask=torch.ones(B, M).bool(), return_lse=True)) == 2
+    with pytest.raises(jaxtyping.TypeCheckError):
+        checked(q, k[..., :3], v)
+
+
+def test_the_package_shows_what_it_says():
+    visible = {name for name in vars(flashpatch_kernels) if not name.startswith("_")}
+    modules = {name for name in visible if f"flashpatch_kernels.{name}" in sys.modules}
+    assert sorted(visible - modules) == sorted(set(flashpatch_kernels.__all__) - modules)
+    assert all(hasattr(flashpatch_kernels, name) for name in flashpatch_kernels.__all__)
+
+
+def test_importing_it_imports_no_triton_and_touches_no_gpu():
+    code = """
+import sys, time, torch
+torch_imports = "triton" in sys.modules
+start = time.process_time()
+import flashpatch_kernels
+print(time.process_time() - start)
+assert torch_imports or "triton" not in sys.modules
+assert "flashpatch_kernels.triton" not in sys.modules
+assert not torch.cuda.is_initialized()
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert float(answer.stdout) < 0.2
