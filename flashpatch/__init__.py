@@ -10,14 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flashpatch_kernels import attention
-    from flashpatch_kernels.engines import Reason
-
     from flashpatch.enabling import disable, enable
     from flashpatch.notebook import load_ipython_extension, unload_ipython_extension
     from flashpatch.patching import applied, apply, revert
     from flashpatch.registry import Patch, register
     from flashpatch.report import Report
+    from flashpatch_kernels import attention
+    from flashpatch_kernels.engines import Reason
 
 __version__ = "0.1.0"
 
