@@ -11,10 +11,11 @@ from functools import cache
 from typing import TypeVar
 
 import torch
+from torch import Tensor
+
 from flashpatch_kernels.engines import TILED, Call, Engine, Reason, choose, why_not
 from flashpatch_kernels.op import run
 from flashpatch_kernels.options import Options
-from torch import Tensor
 
 T = TypeVar("T")
 OnFallback = Callable[[Reason], object]
