@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from flashpatch_kernels.engines import Call, Reason
-from flashpatch_kernels.masks import Band, Intervals
 from torch import nn
 
 from flashpatch.dispatch import SKIPPED, decide
+from flashpatch_kernels.engines import Call, Reason
+from flashpatch_kernels.masks import Band, Intervals
 
 
 @dataclass(frozen=True)
