@@ -1,7 +1,8 @@
 """Attention on a GPU: every implementation on the same inputs in one run, forward and backward.
 
 Times are medians; the backward is `torch.autograd.grad` through the public function. TFLOP/s use
-the FlashAttention papers' count: 4 B H N M D forward, half of it if causal, 2.5 times that backward.
+the count of the FlashAttention papers: 4 B H N M D forward, half of it if causal, 2.5 times that
+backward.
 Run on a GPU: `PYTHONPATH=.:kernels python benchmarks/attention_gpu.py --out results.json`.
 """
 
@@ -110,6 +111,7 @@ def commit() -> str:
 
 
 def main() -> None:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--impls", nargs="*", default=["sdpa flash2", "sdpa cudnn", "flashpatch"])
     parser.add_argument("--dims", type=int, nargs="*", default=[64, 128])

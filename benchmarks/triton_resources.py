@@ -68,10 +68,9 @@ def masks(n: int, device: str = "meta") -> dict[str, Mask]:
 
 @contextmanager
 def recording(arch: str, tiles: dict[str, Tile] | None = None) -> Iterator[list[Launch]]:
-    """Within, launches are listed instead of made, for a card of the architecture.
+    """Within, launches are listed instead of made, for a card of architecture `arch`.
 
-    Args:
-        tiles: Tiles by pass that replace the table's.
+    `tiles` replace the table's, by pass.
     """
     launches: list[Launch] = []
     table = tuning.tile
@@ -85,7 +84,7 @@ def recording(arch: str, tiles: dict[str, Tile] | None = None) -> Iterator[list[
 
     with (
         mock.patch.object(launching, "launch", launch),
-        mock.patch.object(tuning, "architecture", lambda device: arch),  # noqa: ARG005
+        mock.patch.object(tuning, "architecture", return_value=arch),
         mock.patch.object(tuning, "tile", tile),
     ):
         yield launches
@@ -155,8 +154,8 @@ def resources(compiled: Any) -> Resources:
     instructions, loops = parse(code)
     hot = [loop for loop in loops if is_innermost(loop, loops)]
     # Of the loops with products the shortest is the one that tests no element.
-    with_mma = [loop for loop in hot if count(instructions[loop[0] : loop[1]], MMA)]
-    hottest = min(with_mma, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+    busy = [loop for loop in hot if has_products(instructions[loop[0] : loop[1]])]
+    hottest = min(busy, key=lambda loop: loop[1] - loop[0], default=(0, 0))
     return Resources(
         int(found[1]),
         int(found[2]),
@@ -196,12 +195,18 @@ def is_innermost(loop: tuple[int, int], loops: list[tuple[int, int]]) -> bool:
     return not any(loop != o and loop[0] <= o[0] and o[1] <= loop[1] for o in loops)
 
 
+def has_products(instructions: list[str]) -> bool:
+    """Whether matrices are multiplied there, on tensor cores or without."""
+    return count(instructions, MMA) > 0 or count(instructions, ("FFMA",)) > 256
+
+
 def count(instructions: list[str], names: tuple[str, ...]) -> int:
     """How many of the instructions have one of the names."""
     return sum(name in names for name in instructions)
 
 
 def main() -> None:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sizes", type=int, nargs="+")
     parser.add_argument("--dtype", default="bfloat16")

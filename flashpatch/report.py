@@ -4,6 +4,7 @@ import html
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,8 +43,9 @@ class Row:
     @property
     def verdict(self) -> str:
         """The last column."""
-        served = isinstance(self.outcome, Served)
-        return f"runs on {self.outcome}" if served else f"left: {self.outcome.text}"
+        if isinstance(self.outcome, Served):
+            return f"runs on {self.outcome}"
+        return f"left: {self.outcome.text}"
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,9 @@ def describe(module: nn.Module, active: bool) -> Served | Reason:
     if not active:
         return SKIPPED
     plain, padded = (decide(_nominal_call(module, padded)) for padded in (False, True))
-    if isinstance(plain, Reason) or isinstance(padded, Reason):
-        return plain if isinstance(plain, Reason) else padded
-    return Served(plain.name, padded.name)
+    if isinstance(plain, Reason):
+        return plain
+    return padded if isinstance(padded, Reason) else Served(plain.name, padded.name)
 
 
 def _nominal_call(module: nn.Module, padded: bool) -> Call:
@@ -143,6 +145,7 @@ def _nominal_call(module: nn.Module, padded: bool) -> Call:
     dtype = torch.float32 if parameter is None else parameter.dtype
     size = next((s for n in _HEAD_SIZE if isinstance(s := getattr(module, n, None), int)), 64)
     causal = bool(getattr(module, "is_causal", False))
+    terms: dict[str, Any] = {term: has(module) for term, has in _TERMS}
     return Call(
         device=device.type,
         dtype=dtype if dtype.is_floating_point else torch.float32,
@@ -154,5 +157,5 @@ def _nominal_call(module: nn.Module, padded: bool) -> Call:
         band=None if padded else Band(right=0 if causal else None),
         one_row=not causal,
         needs_grad=module.training,
-        **{term: has(module) for term, has in _TERMS},
+        **terms,
     )

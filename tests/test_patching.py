@@ -209,9 +209,16 @@ def test_something_that_is_no_module_is_refused():
 def test_applied_reverts_even_when_the_block_raises():
     model = llama()
     before = state(model)
-    with pytest.raises(KeyError), flashpatch.applied(model) as report:
-        assert report.served == 3
-        raise KeyError
+    served = []
+
+    def fail():
+        with flashpatch.applied(model) as report:
+            served.append(report.served)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert served == [3]
     assert same(before, state(model))
 
 
