@@ -5,6 +5,8 @@ schema can say, and the engine's name. They are what autograd, torch.compile and
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -23,12 +25,6 @@ from flashpatch_kernels.engines import (
 )
 from flashpatch_kernels.masks import Band, Boolean, Intervals, Mask
 from flashpatch_kernels.options import Options
-
-# Engines whose forward and backward the operators call.
-MODULES = {
-    "tiled": "flashpatch_kernels.tiled",
-    "triton": "flashpatch_kernels.triton",
-}
 
 
 def attention(
@@ -107,14 +103,18 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, options: Options, engine: str
 ) -> tuple[Tensor, Tensor | None]:
     """The output and lse of one call on the named engine; unchecked. `sdpa` gives no lse."""
-    q, k, v = (x.to(computing_dtype(x)) for x in (q, k, v))
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(computing_dtype(x)) for x in (q, k, v))
     if engine != "reference" and 0 in (*q.shape[:3], k.shape[2]):
         engine = "tiled"
     if engine == "sdpa":
         return sdpa.attention(q, k, v, options), None
     if engine == "reference":
         return reference.attention(q, k, v, options)
-    return torch.ops.flashpatch.forward.default(q, k, v, engine, *_flat(options))
+    arguments = (q, k, v, engine, *_flat(options))
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Attention.apply(*arguments)
+    return torch.ops.flashpatch.forward.default(*arguments)
 
 
 def _flat(options: Options) -> tuple[Any, ...]:
@@ -172,8 +172,8 @@ library.define(
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, engine: str, *options: Any) -> tuple[Tensor, Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
-        return import_module(MODULES[engine]).forward(q, k, v, _record(*options))
+    with _without_autocast(q):
+        return _module(engine).forward(q, k, v, _record(*options))
 
 
 def _backward(
@@ -188,11 +188,24 @@ def _backward(
     needs: list[str],
     *options: Any,
 ) -> list[Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
-        grads = import_module(MODULES[engine]).backward(
+    with _without_autocast(q):
+        grads = _module(engine).backward(
             dout, dlse, q, k, v, out, lse, _record(*options), frozenset(needs)
         )
     return [grads[name] for name in needs]
+
+
+@cache
+def _module(engine: str) -> Any:
+    """The engine's module, imported when it is first needed: Triton takes its time."""
+    return import_module(f"flashpatch_kernels.{engine}")
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Inside, products keep the dtype of their operands: an engine chooses it by itself."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 def _fake_forward(
@@ -248,6 +261,20 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     for name, grad in zip(needs, found, strict=True):
         grads[_DIFFERENTIABLE[name]] = grad
     return tuple(grads)
+
+
+class _Attention(torch.autograd.Function):
+    """The operators' formula without what their registration costs: 60 us a call instead of 130."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        output = torch.ops.flashpatch.forward.default(*arguments)
+        _save(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return _differentiate(ctx, *grads)
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -110,6 +110,18 @@ class Sample:
         q, k, v = cast(self.q), cast(self.k), cast(self.v)
         return replace(self, q=q, k=k, v=v, options=options, dout=self.dout.to(dtype))
 
+    def on(self, device: str) -> "Sample":
+        """The same call on another device, as leaves."""
+
+        def moved(x: object) -> object:
+            if isinstance(x, Tensor):
+                return x.detach().to(device).requires_grad_(x.requires_grad)
+            if isinstance(x, (Options, Intervals, Boolean)):
+                return replace(x, **{name: moved(value) for name, value in vars(x).items()})
+            return x
+
+        return replace(self, **{name: moved(value) for name, value in vars(self).items()})
+
     def answer(self, attend: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """Output, lse and gradients under `attend(q, k, v, options)`."""
         out, lse = attend(self.q, self.k, self.v, self.options)

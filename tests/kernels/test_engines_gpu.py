@@ -1,0 +1,116 @@
+"""The engines that are PyTorch, on a GPU: exactness, memory, and that nothing waits for it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashpatch_kernels import attention
+from flashpatch_kernels.engines import SDPA, Call, choose, why_not
+from flashpatch_kernels.masks import Band, key_mask
+from flashpatch_kernels.op import run
+from flashpatch_kernels.options import Options
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+TERMS = ("softcap", "table", "bias", "sinks")
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Products of float32 in float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("terms", [(), TERMS])
+def test_tiled_is_as_exact_as_pytorch(sample, check, mask_name, terms, dtype):
+    rate = 0.3 if terms else 0.0
+    one = sample(mask_name, kv_heads=2, terms=terms, dropout=rate, dtype=dtype)
+    check(one.on("cuda"), lambda *call: run(*call, "tiled"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_sdpa_is_as_exact_as_pytorch_where_it_applies(sample, check, mask_name, kv_heads, dtype):
+    applied = 0
+    for terms in ((), ("bias",)):
+        one = sample(mask_name, kv_heads=kv_heads, terms=terms, dtype=dtype, n=48, m=48, d=16)
+        one = one.on("cuda")
+        if why_not(SDPA, Call.of(one.q, one.k, one.v, one.options)) is None:
+            applied += 1
+            check(one, lambda *call: (run(*call, "sdpa")[0], run(*call, "tiled")[1]))
+    if mask_name in ("full", "causal", "keys", "boolean"):
+        assert applied
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_sdpa_gives_zero_and_finite_gradients_to_rows_that_see_nothing(sample, dtype):
+    for mask in ("boolean", "boolean per head"):
+        one = sample(mask, dtype=dtype, n=48, m=48, d=16).on("cuda")
+        out, _ = run(one.q, one.k, one.v, one.options, "sdpa")
+        dead = run(one.q, one.k, one.v, one.options, "tiled")[1] == -torch.inf
+        assert dead.any()
+        assert not out[dead].any()
+        grads = torch.autograd.grad(out.float().sum(), (one.q, one.k, one.v))
+        assert all(grad.isfinite().all() for grad in grads)
+        assert not grads[0][dead].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("kind", ["full", "causal", "keys", "key bias", "dropout"])
+def test_sdpa_takes_linear_memory_where_it_applies(dtype, kv_heads, kind):
+    n = 8192
+    q = torch.randn(1, 8, n, 64, device="cuda", dtype=dtype, requires_grad=True)
+    k, v = (
+        torch.randn(1, kv_heads, n, 64, device="cuda", dtype=dtype, requires_grad=True)
+        for _ in range(2)
+    )
+    visible = torch.arange(n, device="cuda")[None] < n - 100
+    arguments = {
+        "full": {},
+        "causal": {"causal": True},
+        "keys": {"mask": visible},
+        "key bias": {"bias": torch.zeros(1, 8, 1, n, device="cuda", dtype=dtype)},
+        "dropout": {"dropout": 0.1},
+    }[kind]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attention(q, k, v, engine="sdpa", **arguments).float().sum().backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < 8 * n * n  # a byte for each score
+
+
+def test_tiled_takes_linear_memory():
+    q, k, v = (torch.randn(1, 8, 16384, 64, device="cuda", requires_grad=True) for _ in range(3))
+    table = torch.randn(8, 2 * 16384 - 1, device="cuda", requires_grad=True)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attention(q, k, v, table=table, engine="tiled").sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 8 * 16384 * 16384
+
+
+@pytest.mark.parametrize("name", ["tiled", "sdpa"])
+def test_nothing_waits_for_the_gpu(sample, mask_name, name):
+    one = sample(mask_name, n=48, m=48, d=16, dropout=0.2 if name == "tiled" else 0.0).on("cuda")
+    if name == "sdpa" and why_not(SDPA, Call.of(one.q, one.k, one.v, one.options)) is not None:
+        pytest.skip("not a call of this engine")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(one.q, one.k, one.v, one.options, name)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_choice_for_a_cuda_call():
+    q, k, v = (torch.randn(1, 4, 64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    options = Options(mask=Band(right=0))
+    assert choose(Call.of(q, k, v, options)).name == "triton"
+    assert choose(Call.of(q.float(), k.float(), v.float(), options)).name == "sdpa"
+    padded = replace(options, mask=key_mask(torch.ones(1, 64, device="cuda").bool()))
+    assert choose(Call.of(q, k, v, padded)).name == "triton"
