@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flashpatch_kernels import masks
 from flashpatch_kernels.engines import key_range
-from flashpatch_kernels.masks import Band, Mask
+from flashpatch_kernels.masks import Band
 from flashpatch_kernels.options import Options
 
 
@@ -28,7 +28,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
     causal = False
     if mask == Band(right=0) and q.shape[2] == k.shape[2] and bias is None:
         causal, mask = True, Band()
-    added = _added(q, k, mask, bias)
+    seen = None if mask == Band() else masks.allowed(mask, q.shape[2], k.shape[2], q.device)
+    added = _added(seen, bias)
     # A branch, because the argument must be a bool also where sizes are symbols.
     grouped = {}
     if q.shape[1] != k.shape[1]:
@@ -38,7 +39,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
         else:
             grouped = {"enable_gqa": True}
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return scaled_dot_product_attention(
+    out = scaled_dot_product_attention(
         q,
         k,
         v,
@@ -48,6 +49,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
         scale=options.scale,
         **grouped,
     )
+    if q.is_cuda and seen is not None:
+        # cuDNN's kernel gives a row that sees nothing the mean of the values.
+        out = out.masked_fill(~seen.any(-1, keepdim=True), 0)
+    return out
 
 
 def _bias(q: Tensor, k: Tensor, options: Options) -> Tensor | None:
@@ -59,9 +64,10 @@ def _bias(q: Tensor, k: Tensor, options: Options) -> Tensor | None:
     return (table if options.bias is None else table + options.bias).to(q.dtype)
 
 
-def _added(q: Tensor, k: Tensor, mask: Mask, bias: Tensor | None) -> Tensor | None:
+def _added(seen: Tensor | None, bias: Tensor | None) -> Tensor | None:
     """Mask and bias as PyTorch takes them: bool if there is only a mask."""
-    if mask == Band():
-        return bias
-    seen = masks.allowed(mask, q.shape[2], k.shape[2], q.device)
-    return seen if bias is None else bias.masked_fill(~seen, -torch.inf)
+    if seen is None or bias is None:
+        return bias if seen is None else seen
+    # On a GPU not -inf, of which a whole row makes NaN in cuDNN's kernel.
+    hides = torch.finfo(bias.dtype).min if bias.is_cuda else -torch.inf
+    return bias.masked_fill(~seen, hides)

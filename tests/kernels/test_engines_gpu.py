@@ -95,6 +95,7 @@ def test_tiled_takes_linear_memory():
     assert torch.cuda.max_memory_allocated() - before < 8 * 16384 * 16384
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("name", ["tiled", "sdpa"])
 def test_nothing_waits_for_the_gpu(sample, mask_name, name):
     one = sample(mask_name, n=48, m=48, d=16, dropout=0.2 if name == "tiled" else 0.0).on("cuda")
