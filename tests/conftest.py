@@ -4,7 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
+
+# The same examples in every run, and no deadline on machines that do other things beside.
+settings.register_profile("tests", derandomize=True, deadline=None, database=None)
+settings.load_profile("tests")
 
 
 def _assert_as_exact_as_pytorch(

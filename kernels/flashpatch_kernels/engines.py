@@ -96,7 +96,7 @@ class Call:
             one_row = mask.allowed.shape[2] == 1
         return Call(
             device=q.device.type,
-            capability=torch.cuda.get_device_capability(q.device) if q.is_cuda else None,
+            capability=_capability(q.device) if q.is_cuda else None,
             dtype=dtypes[0],
             mixed=not (dtypes[0] == dtypes[1] == dtypes[2] and q.device == k.device == v.device),
             batch=q.shape[0],
@@ -120,6 +120,12 @@ class Call:
             and any(x is not None and x.requires_grad for x in tensors),
             lse=lse,
         )
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability, by the one of PyTorch's functions for it that can be traced."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:

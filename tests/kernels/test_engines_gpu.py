@@ -115,3 +115,22 @@ def test_the_choice_for_a_cuda_call():
     assert choose(Call.of(q.float(), k.float(), v.float(), options)).name == "sdpa"
     padded = replace(options, mask=key_mask(torch.ones(1, 64, device="cuda").bool()))
     assert choose(Call.of(q, k, v, padded)).name == "triton"
+
+
+@pytest.mark.parametrize("name", [None, "tiled", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_it_compiles_without_a_break(name, dtype):
+    q, k, v = (
+        torch.randn(2, 4, 64, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)
+    )
+
+    def loss(q, k, v):
+        return attention(q, k, v, causal=True, engine=name).float().square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(loss(q, k, v), (q, k, v))
+    for grad, plain in zip(
+        torch.autograd.grad(compiled(q, k, v), (q, k, v)), expected, strict=True
+    ):
+        assert torch.allclose(grad, plain, atol=1e-2)

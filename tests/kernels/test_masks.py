@@ -43,7 +43,7 @@ def masks(draw, n, m):
 
 
 @given(band=bands, n=lengths, m=lengths)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_band_is_what_its_numbers_say(band, n, m):
     seen = allowed(band, n, m, "cpu")[0, 0]
     for i in range(n):
@@ -54,7 +54,7 @@ def test_a_band_is_what_its_numbers_say(band, n, m):
 
 
 @given(band=bands, n=lengths, m=lengths)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_bands_bounds_stay_within_the_keys(band, n, m):
     bounds = band_bounds(band, n, m, "cpu")
     assert bounds.dtype == torch.int32
@@ -65,7 +65,7 @@ def test_a_bands_bounds_stay_within_the_keys(band, n, m):
 
 
 @given(data=st.data(), n=lengths, m=lengths)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_an_intersection_allows_what_both_allow(data, n, m):
     a, b = data.draw(masks(n, m)), data.draw(masks(n, m))
     both = allowed(a, n, m, "cpu") & allowed(b, n, m, "cpu")
@@ -74,7 +74,7 @@ def test_an_intersection_allows_what_both_allow(data, n, m):
 
 
 @given(data=st.data(), n=lengths, m=lengths)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rows_are_the_mask_of_some_queries(data, n, m):
     mask = data.draw(masks(n, m))
     start = data.draw(st.integers(0, n - 1))
@@ -121,7 +121,7 @@ def test_a_key_mask_without_keys_is_empty():
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_runs_end_at_the_next_hidden_key(visible):
     runs = runs_of(torch.tensor([visible]))[0].tolist()
     for j, seen in enumerate(visible):
@@ -130,7 +130,7 @@ def test_runs_end_at_the_next_hidden_key(visible):
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_documents_are_runs_of_equal_ids(ids):
     seen = allowed(documents(torch.tensor([ids])), len(ids), len(ids), "cpu")[0, 0]
     for i in range(len(ids)):

@@ -81,7 +81,7 @@ def test_values_of_another_size_than_the_keys(sample, check, d, dv):
     sides=st.tuples(*[st.none() | st.integers(-3, 20)] * 2),
     rate=st.sampled_from([0.0, 0.25]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_band_in_tiles_of_any_size(
     sample, check, n, m, kv_heads, rows, keys, offset, sides, rate
 ):
