@@ -30,34 +30,43 @@ class Tile(NamedTuple):
     tma: bool = False
 
 
-# Keys and values of the heads that are worked on together should stay in the L2 cache.
-WAVE_BYTES = 32 << 20
+# Programs run in waves of heads: few, so that what they read stays in the L2 cache, but enough that
+# the longest programs of the last wave do not begin when the card is nearly done.
+WAVE_BYTES = 16 << 20
+WAVE_PROGRAMS = 512
 
 # (architecture, kind of type, pass) -> rows (largest head size, tile), in rising order.
 TABLE: dict[tuple[str, str, Pass], tuple[tuple[int, Tile], ...]] = {
     ("sm90", "half", "forward"): (
         (64, Tile(64, 128, 4, 2, tma=True)),
-        (96, Tile(64, 64, 4, 2, tma=True)),
+        (80, Tile(128, 64, 8, 3, tma=True)),
+        (96, Tile(128, 64, 4, 3, tma=True)),
         (128, Tile(128, 64, 4, 2, tma=True)),
-        (160, Tile(64, 64, 4, 2, tma=True)),
+        (192, Tile(128, 64, 8, 3, tma=True)),
         (256, Tile(128, 64, 8, 2, tma=True)),
     ),
     ("sm90", "half", "dkdv"): (
-        (64, Tile(64, 64, 4, 3, tma=True)),
-        (96, Tile(64, 64, 4, 2, tma=True)),
-        (128, Tile(64, 128, 8, 3, tma=True)),
+        (96, Tile(64, 64, 4, 3, tma=True)),
+        (128, Tile(32, 64, 4, 3, tma=True)),
     ),
     ("sm90", "half", "dk"): (
-        (192, Tile(64, 128, 8, 2, tma=True)),
-        (256, Tile(32, 128, 8, 2, tma=True)),
+        (160, Tile(32, 64, 4, 3, tma=True)),
+        (192, Tile(32, 128, 8, 3, tma=True)),
+        (256, Tile(64, 128, 8, 1, tma=True)),
     ),
-    ("sm90", "half", "dv"): ((256, Tile(64, 128, 8, 2, tma=True)),),
+    ("sm90", "half", "dv"): (
+        (160, Tile(64, 128, 8, 3, tma=True)),
+        (192, Tile(64, 64, 4, 3, tma=True)),
+        (256, Tile(32, 128, 8, 4, tma=True)),
+    ),
     ("sm90", "half", "dq"): (
         (64, Tile(64, 64, 4, 3, tma=True)),
+        (80, Tile(64, 32, 4, 4, tma=True)),
         (96, Tile(64, 64, 4, 2, tma=True)),
-        (128, Tile(128, 64, 8, 3, tma=True)),
-        (160, Tile(128, 64, 8, 2, tma=True)),
-        (256, Tile(128, 32, 8, 2, tma=True)),
+        (128, Tile(128, 64, 8, 4, tma=True)),
+        (160, Tile(64, 32, 4, 3, tma=True)),
+        (192, Tile(128, 64, 8, 2, tma=True)),
+        (256, Tile(128, 32, 8, 3, tma=True)),
     ),
     ("any", "half", "forward"): (
         (64, Tile(64, 64, 4, 2)),
@@ -72,11 +81,15 @@ TABLE: dict[tuple[str, str, Pass], tuple[tuple[int, Tile], ...]] = {
         (128, Tile(64, 32, 8, 1)),
         (256, Tile(32, 32, 8, 1)),
     ),
-    ("any", "float", "forward"): ((64, Tile(32, 32, 4, 1)), (256, Tile(32, 32, 8, 1))),
-    ("any", "float", "dkdv"): ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 32, 8, 1))),
-    ("any", "float", "dk"): ((256, Tile(16, 32, 8, 1)),),
-    ("any", "float", "dv"): ((256, Tile(16, 32, 8, 1)),),
-    ("any", "float", "dq"): ((64, Tile(32, 32, 8, 1)), (256, Tile(32, 16, 8, 1))),
+    ("any", "float", "forward"): (
+        (64, Tile(32, 32, 4, 1)),
+        (128, Tile(16, 32, 4, 1)),
+        (256, Tile(16, 16, 8, 1)),
+    ),
+    ("any", "float", "dkdv"): ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 4, 1))),
+    ("any", "float", "dk"): ((256, Tile(16, 16, 8, 1)),),
+    ("any", "float", "dv"): ((256, Tile(16, 16, 8, 1)),),
+    ("any", "float", "dq"): ((64, Tile(16, 32, 4, 1)), (256, Tile(16, 16, 8, 1))),
     ("any", "half", "stats"): ((64, Tile(64, 64, 4, 1)), (256, Tile(16, 64, 4, 1))),
     ("any", "float", "stats"): ((64, Tile(32, 64, 4, 1)), (256, Tile(16, 64, 4, 1))),
 }

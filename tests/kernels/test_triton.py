@@ -16,6 +16,8 @@ from flashpatch_kernels import reference
 from flashpatch_kernels.masks import Band, Intervals, documents, intersect, key_mask
 from flashpatch_kernels.options import Options
 
+pytest.importorskip("triton", reason="Triton is not installed")
+
 # Reads pairs (name of a function of the engine, arguments) and writes what the function returns.
 WORKER = """
 import pickle, sys, warnings
@@ -23,6 +25,7 @@ import torch
 from flashpatch_kernels import triton as engine
 warnings.simplefilter("ignore")  # NumPy's, of rows without a key: log2(0) and 1 / 0.
 torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)  # Memory that nobody wrote is NaN.
 answers, sys.stdout = sys.stdout.buffer, sys.stderr
 while True:
     name, arguments = pickle.load(sys.stdin.buffer)

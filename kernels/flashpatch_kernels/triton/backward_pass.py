@@ -84,6 +84,8 @@ def dkdv_step(
     do = tiles.load(douts, head, m, C.BM, C.DV, C.V0, C.V1, C.TMA, MASKED)
     lse, delta = load_stats(stats, n_rows, head, m, n_queries, C.BM, MASKED)
     st = tiles.inner(k, q, C)  # [BN, BM]
+    if PART != "dv":
+        dpt = tiles.inner(v, do, C)  # [BN, BM]
     pt = tl.math.exp2(st * qk_scale - lse[None, :])
     if MASKED:
         lo, hi = ROWS(mask, batch, m + tl.arange(0, C.BM), n_queries, n_keys)
@@ -92,7 +94,6 @@ def dkdv_step(
     if PART != "dk":
         dv = tiles.add_product(dv, pt, do, C)
     if PART != "dv":
-        dpt = tiles.inner(v, do, C)  # [BN, BM]
         dst = pt * (dpt - delta[None, :])
         dk = tiles.add_product(dk, dst, q, C)
     return dk, dv
@@ -317,14 +318,15 @@ def compute_dkdv(
     dk = inputs[1] if dk is None else dk
     dv = inputs[2] if dv is None else dv
     seen = query_tiles(call.mask, tile, n_queries, n_keys)
+    n_tiles = triton.cdiv(n_keys, tile.BN)
     launching.launch(
         dkdv_kernel,
-        triton.cdiv(n_keys, tile.BN) * n_batch * (n_heads // group),
+        n_tiles * n_batch * (n_heads // group),
         tile,
         *(*inputs, stats, dk, dv),
         *call.strides(*inputs, dk, dv),
         *call.sizes,
-        call.wave(n_queries * group, 1),
+        call.wave(n_tiles, n_queries * group, 1),
         *(call.scale, call.scale * launching.LOG2E),
         *(*call.mask.arguments, seen, 0 if seen is None else launching.batch_stride(seen)),
         *(call.mask.rows, call.mask.queries, call.mask.has_runs, group > 1, name, fixed),
@@ -340,14 +342,15 @@ def compute_dq(
     """Writes dq from q, k, v and dout."""
     n_batch, n_heads, group, n_queries, n_keys = call.sizes
     tile, fixed = call.tuned("dq")
+    n_tiles = triton.cdiv(n_queries, tile.BM)
     launching.launch(
         dq_kernel,
-        triton.cdiv(n_queries, tile.BM) * n_batch * n_heads,
+        n_tiles * n_batch * n_heads,
         tile,
         *(*inputs, stats, dq),
         *call.strides(*inputs, dq),
         *call.sizes,
-        call.wave(n_keys, group),
+        call.wave(n_tiles, n_keys, group),
         *(call.scale, call.scale * launching.LOG2E),
         *call.mask.arguments,
         *(call.mask.rows, call.mask.keys, call.mask.has_runs, fixed),

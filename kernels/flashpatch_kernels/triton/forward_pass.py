@@ -114,15 +114,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     q, k, v = (launching.readable(t) for t in (q, k, v))
     call = launching.Setup.of(q, k, v, (out,), options)
     tile, fixed = call.tuned("forward")
+    n_tiles = triton.cdiv(n_queries, tile.BM)
     with launching.on(q.device):
         launching.launch(
             forward_kernel,
-            triton.cdiv(n_queries, tile.BM) * n_batch * n_heads,
+            n_tiles * n_batch * n_heads,
             tile,
             *(q, k, v, out, lse),
             *call.strides(q, k, v, out),
             *call.sizes,
-            call.wave(n_keys, n_heads // kv_heads),
+            call.wave(n_tiles, n_keys, n_heads // kv_heads),
             call.scale * launching.LOG2E,
             *call.mask.arguments,
             *(call.mask.rows, call.mask.keys, call.mask.has_runs, fixed),

@@ -197,10 +197,17 @@ class Setup:
         """Three strides of each tensor, in units."""
         return [stride // self.unit for t in tensors for stride in strides(t)]
 
-    def wave(self, n_rows: int, sharers: int) -> int:
-        """How many heads to work on together, where `sharers` read the same `n_rows` rows."""
-        row_bytes = sum(self.head_sizes) * self.dtype.itemsize
-        return max(1, tuning.WAVE_BYTES // (n_rows * row_bytes)) * sharers
+    def wave(self, n_tiles: int, n_rows: int, sharers: int) -> int:
+        """How many heads to work on together, see `tiles.place`.
+
+        Args:
+            n_tiles: Programs a head.
+            n_rows: Rows that they read.
+            sharers: Heads that read the same rows.
+        """
+        fit = tuning.WAVE_BYTES // (n_rows * sum(self.head_sizes) * self.dtype.itemsize)
+        fill = triton.cdiv(tuning.WAVE_PROGRAMS, n_tiles * sharers)
+        return max(fit, fill) * sharers
 
     def key_passes(self, needs: frozenset[str]) -> tuple[tuning.Pass, ...]:
         """The passes that give the gradients of k and v, as far as they are needed."""

@@ -1,0 +1,87 @@
+"""The Triton kernels, compiled for Hopper on a machine that has none, need what they may.
+
+A kernel that no longer fits its registers is still right, and slow: no other test would see it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+# Shared memory that a program may have on Hopper.
+SHARED_BYTES = 227 * 1024
+
+HALF = [{"size": size, "dtype": "bfloat16"} for size in (64, 96, 128, 256)]
+MASKED = [
+    {"size": 128, "dtype": "bfloat16", "mask": "intervals"},
+    {"size": 64, "dtype": "float16", "mask": "runs", "group": 4},
+]
+OTHERS = [
+    {"size": 64, "dtype": "bfloat16", "aligned": False},
+    {"size": 64, "dtype": "float32"},
+    {"size": 128, "dtype": "float32", "precision": "high"},
+]
+CALLS = [*HALF, *MASKED, *OTHERS]
+
+# Local memory that is accepted, in bytes a thread, where a tile without it is slower (LOG.md).
+# Two programs of 255 registers share a multiprocessor; what they spill is used at a mask's edges.
+LOCAL_BYTES = {("forward_kernel", 128, "bfloat16"): 128}
+
+# Reads calls, one a line; writes what each of their kernels needs. A process of its own, because
+# the interpreter's tests may have asked for Python functions instead of kernels.
+WORKER = """
+import json, sys
+import torch
+import triton_resources
+for line in sys.stdin:
+    call = json.loads(line)
+    dtype = getattr(torch, call.pop("dtype"))
+    torch.set_float32_matmul_precision(call.pop("precision", "highest"))
+    for launch in triton_resources.record("sm90", dtype, **call):
+        found = triton_resources.resources(triton_resources.compile_launch(launch))
+        print(json.dumps([line, launch.kernel.__name__, found._asdict()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def needs():
+    """(call, kernel) -> what the kernel needs; compiled by two processes."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), *sys.path])
+    command = [sys.executable, "-W", "ignore", "-c", WORKER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
+    for at, worker in enumerate(workers):
+        worker.stdin.writelines(json.dumps(call) + "\n" for call in CALLS[at::2])
+        worker.stdin.flush()
+    found = {}
+    for worker in workers:
+        answer, _ = worker.communicate()
+        assert worker.returncode == 0
+        for call, kernel, resources in map(json.loads, answer.splitlines()):
+            found.setdefault(call.strip(), []).append((kernel, resources))
+    return found
+
+
+@pytest.mark.parametrize("call", [json.dumps(call) for call in CALLS])
+def test_kernels_fit_registers_and_shared_memory(needs, call):
+    kernels = needs[call]
+    assert {"forward_kernel", "stats_kernel", "dkdv_kernel", "dq_kernel"} <= {k for k, _ in kernels}
+    for kernel, resources in kernels:
+        assert resources["shared_bytes"] <= SHARED_BYTES, kernel
+        accepted = LOCAL_BYTES.get((kernel, json.loads(call)["size"], json.loads(call)["dtype"]), 0)
+        assert resources["local_bytes"] <= accepted, (kernel, resources)
+        assert resources["hot_spills"] <= accepted // 8, (kernel, resources)
+
+
+@pytest.mark.parametrize("call", [json.dumps(call) for call in HALF])
+def test_products_run_on_tensor_cores(needs, call):
+    for kernel, resources in needs[call]:
+        assert (resources["mma"] > 0) == (kernel != "stats_kernel"), kernel
