@@ -22,7 +22,7 @@ from triton.testing import do_bench
 
 from flashpatch_kernels import attention
 
-Attend = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, bool], Any]
 
 
 def sdpa(backend: SDPBackend) -> Attend:
@@ -85,17 +85,14 @@ def measure(
     q, k, v, dout = tensor(heads), tensor(heads // group), tensor(heads // group), tensor(heads)
     q, k, v = (t.requires_grad_() for t in (q, k, v))
     operations = 4 * batch * heads * n * n * d / (2 if causal else 1)
+
+    def median_ms(function: Callable[[], Any]) -> Any:
+        return do_bench(function, warmup=15, rep=rep, return_mode="median")
+
     with torch.no_grad():
-        forward_ms = do_bench(
-            lambda: attend(q, k, v, causal), warmup=15, rep=rep, return_mode="median"
-        )
+        forward_ms = median_ms(lambda: attend(q, k, v, causal))
     out = attend(q, k, v, causal)
-    backward_ms = do_bench(
-        lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True),
-        warmup=15,
-        rep=rep,
-        return_mode="median",
-    )
+    backward_ms = median_ms(lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True))
     return {
         "forward_ms": round(forward_ms, 4),
         "backward_ms": round(backward_ms, 4),

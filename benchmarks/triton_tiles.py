@@ -24,7 +24,7 @@ from flashpatch_kernels.triton import backward, forward, launching
 from flashpatch_kernels.tuning import Pass, Tile
 
 # Floating-point operations of a pass, in products of N x M x D.
-PRODUCTS = {"forward": 2, "dkdv": 4, "dk": 3, "dv": 2, "dq": 3}
+PRODUCTS: dict[Pass, int] = {"forward": 2, "dkdv": 4, "dk": 3, "dv": 2, "dq": 3}
 NEEDS = {"forward": "", "dkdv": "kv", "dk": "k", "dv": "v", "dq": "q"}
 
 # Pass -> head size -> (BM, BN, warps, stages), all read by the bulk copy engine; best first.
@@ -125,7 +125,7 @@ def compile_one(candidate: Candidate) -> None:
 def time_one(candidate: Candidate, *, causal: bool, n: int, rep: int) -> dict[str, Any]:
     """TFLOP/s of a candidate, from the median time, and what it needs."""
     launch, operations = launches_of(candidate, causal=causal, n=n)
-    milliseconds = do_bench(launch, warmup=10, rep=rep, return_mode="median")
+    milliseconds: Any = do_bench(launch, warmup=10, rep=rep, return_mode="median")
     compiled = launch()
     return {
         "causal" if causal else "full": round(operations / milliseconds * 1e3, 1),

@@ -94,7 +94,7 @@ def dkdv_step(
     if PART != "dk":
         dv = tiles.add_product(dv, pt, do, C)
     if PART != "dv":
-        dst = pt * (dpt - delta[None, :])
+        dst = pt * (dpt - delta[None, :])  # pyright: ignore[reportPossiblyUnboundVariable]
         dk = tiles.add_product(dk, dst, q, C)
     return dk, dv
 

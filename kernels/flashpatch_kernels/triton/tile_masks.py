@@ -154,7 +154,7 @@ def query_tiles_kernel(
     if RUNS:
         j = start + tl.arange(0, BN)
         at = runs + tl.cast(batch, tl.int64) * runs_batch + j
-        shown = tl.max(tl.load(at, mask=j < n_keys, other=0)) > 0
+        shown = tl.max(tl.load(at, mask=j < n_keys, other=0)) != 0
 
     first = n_tiles
     last = -1
@@ -189,4 +189,4 @@ def seen_by(base, bounds_row, tile, i_in, start, end, n_queries, BM: tl.constexp
     hi = tl.load(at + 1, mask=i < n_queries, other=0)
     sees = (lo < end) & (hi > start) & (lo < hi)
     sees_all = (lo <= start) & (hi >= end) & (i < n_queries)
-    return tl.max(sees.to(tl.int32), 1) > 0, tl.min(sees_all.to(tl.int32), 1) > 0
+    return tl.max(sees.to(tl.int32), 1) != 0, tl.min(sees_all.to(tl.int32), 1) != 0

@@ -13,8 +13,9 @@ import triton.language as tl
 def place(pid, n_tiles, n_heads, wave, DESCENDING: tl.constexpr):
     """Which tile of which head a program works on.
 
-    Heads go in waves whose keys and values fit the cache together; within a wave the tiles with
-    most work, the last or the first, start first.
+    Heads go in waves, so that what they read is still in the cache when the next tile reads it.
+    Within a wave the same tile of every head comes first that has most work under a causal mask:
+    the last of the queries (DESCENDING), the first of the keys.
     """
     first = (pid // (wave * n_tiles)) * wave
     width = tl.minimum(wave, n_heads - first)
