@@ -88,6 +88,7 @@ class Call:
         mask, table, bias, sinks = options.mask, options.table, options.bias, options.sinks
         tensors = (q, k, v, table, bias, sinks)
         dtypes = [computing_dtype(x) for x in (q, k, v)]
+        grad = torch.is_grad_enabled()
         if isinstance(mask, Band):
             one_row = mask == Band() or q.shape[2] == 1
         elif isinstance(mask, Intervals):
@@ -113,11 +114,10 @@ class Call:
             table=table is not None,
             bias=bias is not None,
             bias_one_row=bias is not None and bias.shape[2] == 1,
-            bias_grad=bias is not None and bias.requires_grad,
+            bias_grad=grad and bias is not None and bias.requires_grad,
             sinks=sinks is not None,
             dropout=options.dropout,
-            needs_grad=torch.is_grad_enabled()
-            and any(x is not None and x.requires_grad for x in tensors),
+            needs_grad=grad and any(x is not None and x.requires_grad for x in tensors),
             lse=lse,
         )
 

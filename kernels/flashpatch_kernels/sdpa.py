@@ -58,7 +58,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
 def _bias(q: Tensor, k: Tensor, options: Options) -> Tensor | None:
     """Table and bias as one tensor in q's dtype, [B|1, H|1, N|1, M]."""
     if options.table is None:
-        return None if options.bias is None else options.bias.to(q.dtype)
+        if options.bias is None:
+            return None
+        # A parameter would keep PyTorch from its fused kernel even where no gradient is wanted.
+        bias = options.bias if torch.is_grad_enabled() else options.bias.detach()
+        return bias.to(q.dtype)
     # Row i begins at entry N - 1 - i; PyTorch's gradient of this is faster than that of a gather.
     table = options.table.unfold(1, k.shape[2], 1).flip(1)[None]
     return (table if options.bias is None else table + options.bias).to(q.dtype)

@@ -47,6 +47,10 @@ class TileSize:
     scores: int
 
 
+# On an AMD EPYC (1 MB of L2 a core, 32 MB of L3) tiles of 128 x 1024 to 512 x 512 and of one to six
+# heads took within 3% of the same time, forward and backward at 1024 x 1024 x 64; the products are
+# 70% of it. Larger ones need fewer calls, each of which costs microseconds and, with several
+# threads, waits for the slowest. A buffer of this size is 6 MB in float32.
 CPU_TILE = TileSize(256, 512, 12 * 256 * 512)
 DEVICE_TILE = TileSize(512, 1024, 16 * 512 * 1024)
 

@@ -175,6 +175,15 @@ def test_a_call_is_described_by_its_metadata():
     assert Call.of(q, k.double(), v, options).mixed
 
 
+def test_without_gradients_a_learned_bias_is_fused_too(sample, monkeypatch):
+    monkeypatch.setattr(engines, "SMALL_BIAS", 0)
+    one = sample("full", terms=("bias",))
+    assert why_not(SDPA, Call.of(one.q, one.k, one.v, one.options)).name == "SDPA_BIAS"
+    with torch.no_grad():
+        assert why_not(SDPA, Call.of(one.q, one.k, one.v, one.options)) is None
+        assert fused(one)
+
+
 def test_the_dtype_of_a_call_is_that_of_autocast():
     x = torch.randn(1, 1, 4, 8)
     with torch.autocast("cpu", torch.bfloat16):
