@@ -65,7 +65,9 @@ class _Enabled:
     settings: dict[str, Any] = field(default_factory=dict)
     on_apply: Callable[["nn.Module", "Report"], object] | None = None
     replaced: list[_Replaced] = field(default_factory=list)  # attributes of PreTrainedModel
-    models: weakref.WeakSet["nn.Module"] = field(default_factory=weakref.WeakSet)
+    models: weakref.WeakKeyDictionary["nn.Module", None] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )  # in the order in which they were patched
 
 
 _enabled: _Enabled | None = None
@@ -174,7 +176,7 @@ def _patch(model: "nn.Module", enabled: _Enabled) -> "Report":
     settings = enabled.settings
     chosen = {name: matching(model, settings[name]) for name in ("only", "skip")}
     report = apply(model, **{**settings, **chosen})
-    enabled.models.add(model)
+    enabled.models[model] = None
     if enabled.on_apply is not None:
         enabled.on_apply(model, report)
     return report
