@@ -30,9 +30,15 @@ OTHERS = [
 ]
 CALLS = [*HALF, *MASKED, *OTHERS]
 
-# Local memory that is accepted, in bytes a thread, where a tile without it is slower (LOG.md).
-# Two programs of 255 registers share a multiprocessor; what they spill is used at a mask's edges.
-LOCAL_BYTES = {("forward_kernel", 128, "bfloat16"): 128}
+# Local memory that is accepted, in bytes a thread, as the Triton of constraints.txt compiles them.
+# All of it lies outside the loop over whole tiles, and tiles without it are slower (LOG.md).
+LOCAL_BYTES = {
+    ("forward_kernel", 64, "float32"): 8,
+    ("forward_kernel", 128, "bfloat16"): 136,
+    ("dkdv_kernel", 96, "bfloat16"): 40,
+    ("dkdv_kernel", 256, "bfloat16"): 248,
+    ("dq_kernel", 256, "bfloat16"): 16,
+}
 
 # Reads calls, one a line; writes what each of their kernels needs. A process of its own, because
 # the interpreter's tests may have asked for Python functions instead of kernels.
@@ -78,7 +84,7 @@ def test_kernels_fit_registers_and_shared_memory(needs, call):
         assert resources["shared_bytes"] <= SHARED_BYTES, kernel
         accepted = LOCAL_BYTES.get((kernel, json.loads(call)["size"], json.loads(call)["dtype"]), 0)
         assert resources["local_bytes"] <= accepted, (kernel, resources)
-        assert resources["hot_spills"] <= accepted // 8, (kernel, resources)
+        assert resources["hot_spills"] == 0, (kernel, resources)
 
 
 @pytest.mark.parametrize("call", [json.dumps(call) for call in HALF])
