@@ -9,6 +9,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated
 
 import typer
@@ -45,6 +46,7 @@ def demo(
     ] = False,
 ) -> None:
     """Shows on real text what `apply` keeps equal and what it saves; exits with 1 if it fails."""
+    start = perf_counter()
     missing = [package for module, package in _DEMO_NEEDS.items() if find_spec(module) is None]
     if missing:
         typer.echo(f"The demo needs {', '.join(missing)}: pip install 'flashpatch[demo]'", err=True)
@@ -55,7 +57,7 @@ def demo(
     from flashpatch.demo.run import run
 
     try:
-        failures = run(out, device, quick=quick)
+        failures = run(out, device, quick=quick, start=start)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     raise typer.Exit(1 if failures else 0)

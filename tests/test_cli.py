@@ -54,7 +54,7 @@ def test_demo_exits_with_1_when_something_failed(monkeypatch, tmp_path, failures
 
     calls = []
 
-    def pretend(out, device, *, quick):
+    def pretend(out, device, *, quick, start):
         calls.append((out, device, quick))
         return failures
 

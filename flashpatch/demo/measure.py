@@ -7,7 +7,12 @@ allocator's pools, a later one does not have to ask for.
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import (
+    forkserver,
+    get_all_start_methods,
+    get_context,
+    set_forkserver_preload,
+)
 from pathlib import Path
 from time import perf_counter
 from typing import ParamSpec, TypeVar
@@ -18,13 +23,24 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+# forkserver starts each process from one that has imported all, but computed nothing
+_START = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
+
+
+def prepare(module: str) -> None:
+    """Starts to import a module for the fresh processes to come, beside what runs here."""
+    if _START == "forkserver":
+        set_forkserver_preload([module])
+        forkserver.ensure_running()
+
+
 def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """`function(*args, **kwargs)`, in a new interpreter that shares nothing with this one.
+    """`function(*args, **kwargs)`, in a new process that has computed nothing before.
 
     Raises:
         BrokenProcessPool: The process was killed, as by a system that ran out of memory.
     """
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context(_START)) as pool:
         return pool.submit(function, *args, **kwargs).result()
 
 

@@ -13,11 +13,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from flashpatch import __version__
-from flashpatch.demo import embeddings, t5, training
+from flashpatch.demo import embeddings, measure, t5, training
 
 
 def run(
-    out: Path, device: str | None, *, quick: bool = False, console: Console | None = None
+    out: Path,
+    device: str | None,
+    *,
+    quick: bool = False,
+    start: float | None = None,
+    console: Console | None = None,
 ) -> list[str]:
     """Measures, shows and saves all three parts.
 
@@ -25,6 +30,7 @@ def run(
         out: Folder for `loss.png` and `demo.json`.
         device: Where the models run; None means the GPU if there is one.
         quick: Toy sizes.
+        start: Since when to count the time, of `perf_counter`; None means now.
         console: Where to print; None means the terminal.
 
     Returns:
@@ -33,9 +39,10 @@ def run(
     Raises:
         ValueError: The device is none that this torch can use.
     """
-    start = perf_counter()
+    start = perf_counter() if start is None else start
     console = console or Console(highlight=False)
     place = _device(device)
+    measure.prepare(t5.__name__)
     out.mkdir(parents=True, exist_ok=True)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

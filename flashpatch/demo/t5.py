@@ -104,7 +104,7 @@ class T5:
 
 def measure(console: Console, device: torch.device, *, quick: bool = False) -> T5:
     """Takes one training step per attention, each in a process of its own."""
-    setting = Setting(str(device), tokens=3072, checked=1024)
+    setting = Setting(str(device), tokens=2560, checked=1024)
     if quick:
         toy = {"layers": 1, "width": 64, "heads": 4, "feed_forward": 64}
         setting = Setting(str(device), tokens=768, checked=256, **toy)

@@ -11,12 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import flashpatch
 from flashpatch.demo import text
 
-TOLERANCE = 1e-3
+# nats per byte: of the first steps, and at the end, when rounding has grown with every step
+EARLY, EARLY_TOLERANCE = 20, 1e-4
+TOLERANCE = 2e-2
 ROWS = 8
 STOCK_COLOUR, PATCHED_COLOUR = "#f2a65a", "#1f3b73"
 
@@ -47,9 +49,12 @@ class Training:
     def failures(self) -> list[str]:
         """What should have been otherwise, a sentence each."""
         found = []
+        gap = abs(self.unseen[0] - self.unseen[1])
         if not self.served:
             found.append("flashpatch serves none of the decoder's attention modules")
-        gap = abs(self.unseen[0] - self.unseen[1])
+        early = zip(self.stock[:EARLY], self.patched[:EARLY], strict=True)
+        if not all(abs(patched - stock) < EARLY_TOLERANCE for stock, patched in early):
+            found.append(f"the losses part within the first {EARLY} steps")
         if not gap < TOLERANCE:
             found.append(f"the two trained models' losses differ by {gap:.1e}")
         if not self.patched[-1] < self.patched[0]:
@@ -59,7 +64,7 @@ class Training:
 
 def measure(console: Console, device: torch.device, *, quick: bool = False) -> Training:
     """Trains both models step by step on the same bytes."""
-    steps, batch, context = (4, 2, 144) if quick else (200, 4, 192)
+    steps, batch, context = (4, 2, 64) if quick else (200, 4, 128)
     corpus = torch.frombuffer(bytearray(text.stream(2_000_000)), dtype=torch.uint8)
     training, unseen = corpus[:-50_000], corpus[-50_000:]
     models = {"stock": _model(context, device), "patched": _model(context, device)}
@@ -67,7 +72,7 @@ def measure(console: Console, device: torch.device, *, quick: bool = False) -> T
     optimizers, schedules = {}, {}
     for name, model in models.items():
         optimizers[name] = torch.optim.AdamW(model.parameters())
-        schedules[name] = OneCycleLR(optimizers[name], 2e-3, total_steps=steps, pct_start=0.1)
+        schedules[name] = OneCycleLR(optimizers[name], 5e-4, total_steps=steps, pct_start=0.1)
     losses: dict[str, list[float]] = {name: [] for name in models}
 
     bar = Progress(
@@ -113,21 +118,26 @@ def measure(console: Console, device: torch.device, *, quick: bool = False) -> T
 
 
 def _model(context: int, device: torch.device) -> nn.Module:
-    """A byte-level decoder with grouped heads and a sliding window; each call the same weights."""
+    """A byte-level Gemma 2; each call the same weights.
+
+    Of that family because no attention of PyTorch's takes its soft-capped scores at any size:
+    flashpatch's own engines have to.
+    """
     torch.manual_seed(0)
-    config = MistralConfig(
+    config = Gemma2Config(
         vocab_size=256,
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=32,
+        query_pre_attn_scalar=32,
         max_position_embeddings=context,
         sliding_window=context // 4,
-        tie_word_embeddings=True,
     )
     with device:
-        return MistralForCausalLM(config).train()
+        return Gemma2ForCausalLM(config).train()
 
 
 def _batches(corpus: Tensor, steps: int, batch: int, context: int) -> Iterator[Tensor]:
@@ -171,9 +181,9 @@ def draw(result: Training, path: Path) -> None:
 def show(result: Training, picture: Path, console: Console) -> None:
     """Prints the losses along the way and where the picture is."""
     console.print(
-        f"A byte-level decoder of {result.parameters / 1e6:.1f} million parameters, twice from one "
-        f"seed, {result.batch} texts of {result.context} bytes a step. A wrong gradient would "
-        "drive the curves apart.\n"
+        f"A byte-level Gemma 2 of {result.parameters / 1e6:.1f} million parameters, trained twice "
+        f"from one seed, {result.batch} texts of {result.context} bytes a step. A wrong gradient "
+        "would drive the curves apart.\n"
     )
     console.print(escape(result.report), highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
