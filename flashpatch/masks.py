@@ -10,12 +10,14 @@ Letters: B batch, N queries, M keys.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import masking_utils
+from transformers.utils.import_utils import is_tracing
 
 from flashpatch.symbols import BLOCKS, DOCUMENTS, Place, read
 from flashpatch_kernels.masks import (
@@ -24,6 +26,7 @@ from flashpatch_kernels.masks import (
     Intervals,
     Mask,
     allowed,
+    band_bounds,
     documents,
     intersect,
     key_mask,
@@ -222,11 +225,42 @@ def unpack(tensor: Tensor, n_queries: int, n_keys: int) -> Mask:
         return Intervals(tensor[:, 0])
     for n in (n_queries, 1):
         if rows == 1 and length == 2 * n + n_keys:
-            flat = tensor[:, 0, 0]
-            return Intervals(flat[:, : 2 * n].unflatten(1, (n, 2)), flat[:, 2 * n :])
+            bounds, runs = tensor.flatten(1).split((2 * n, n_keys), dim=1)
+            return Intervals(bounds.unflatten(1, (n, 2)), runs)
     raise ValueError(
         f"a mask of shape {list(tensor.shape)} is not for {n_queries} queries and {n_keys} keys"
     )
+
+
+def read_once(tensor: Tensor, n_queries: int, n_keys: int) -> Mask:
+    """As `unpack`; on a CPU in the form that is computed fastest, found once for all layers.
+
+    There a look at the data waits for nothing, and a small call takes less time than the dozen
+    operations that a mask needs. Not on a GPU, nor where a graph is recorded for other data. What
+    was found is kept with the tensor, which all layers of a model are given.
+    """
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.is_inference():
+        return unpack(tensor, n_queries, n_keys)
+    state = (tensor._version, n_queries, n_keys)
+    known, mask = getattr(tensor, "_flashpatch", (None, Band()))
+    if known == state:
+        return mask
+    mask = unpack(tensor, n_queries, n_keys)
+    if isinstance(mask, Intervals) and not is_tracing(tensor):
+        mask = _simplest(mask, n_queries, n_keys)
+    tensor._flashpatch = (state, mask)  # pyright: ignore[reportAttributeAccessIssue]
+    return mask
+
+
+def _simplest(mask: Intervals, n_queries: int, n_keys: int) -> Mask:
+    """The same mask as a band if it is full or causal, as booleans if it is of keys alone."""
+    if mask.runs is None or mask.runs.all():
+        for band in (Band(), Band(right=0)):
+            if (mask.bounds == band_bounds(band, n_queries, n_keys, mask.bounds.device)).all():
+                return band
+    if mask.bounds.shape[1] == 1:
+        return Boolean(allowed(mask, n_queries, n_keys, mask.bounds.device))
+    return mask
 
 
 def expand(
@@ -289,3 +323,16 @@ def separate(mask: Mask, position_ids: Tensor, n_queries: int, n_keys: int) -> M
         return mask
     pages = documents_from_position_ids(position_ids)
     return intersect(mask, pages, n_queries, n_keys, position_ids.device)
+
+
+def within_window(mask: Mask, window: int, n_queries: int, n_keys: int) -> Mask:
+    """A causal mask, of which each query sees no more than its last `window` keys."""
+    if isinstance(mask, Intervals):
+        # by the end of each interval: unlike M it also tells the position within a static cache
+        hi = mask.bounds[..., 1]
+        lo = torch.maximum(mask.bounds[..., 0], hi - window)
+        return replace(mask, bounds=torch.stack((lo, hi), dim=-1))
+    band = Band(left=window - 1, right=0, offset=n_keys - n_queries)
+    if isinstance(mask, Band):
+        return band
+    return intersect(mask, band, n_queries, n_keys, mask.allowed.device)

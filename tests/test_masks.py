@@ -16,8 +16,10 @@ from flashpatch.masks import (
     expand,
     fpatch_mask,
     pack,
+    read_once,
     separate,
     unpack,
+    within_window,
 )
 from flashpatch_kernels import masks
 from flashpatch_kernels.masks import Band, Boolean, Intervals
@@ -404,6 +406,68 @@ def test_a_boolean_mask_is_unpacked_as_it_is():
     mask = unpack(allowed, 5, 7)
     assert isinstance(mask, Boolean)
     assert torch.equal(mask.allowed, allowed)
+
+
+@pytest.mark.parametrize(
+    ("name", "padding", "kind"),
+    [
+        ("bidirectional", [], Band),
+        ("bidirectional", [2], Boolean),
+        ("causal", [], Band),
+        ("causal", [2], Intervals),
+        ("window", [], Intervals),
+    ],
+)
+def test_a_mask_is_read_in_the_form_that_is_computed_fastest(name, padding, kind):
+    embeds, padded = torch.empty(2, 9, 1), torch.ones(2, 9, dtype=torch.int64)
+    padded[1, padding] = 0
+    got, expected = created(name, config(), embeds, padded, past_key_values=None)
+    mask = read_once(got, 9, 9)
+    assert isinstance(mask, kind)
+    assert torch.equal(masks.allowed(mask, 9, 9, "cpu").expand(expected.shape), expected)
+    assert read_once(got, 9, 9) is mask
+
+
+def test_a_mask_that_was_changed_is_read_again():
+    visible = torch.ones(1, 6, dtype=torch.bool)
+    tensor = pack(masks.key_mask(visible))
+    assert read_once(tensor, 4, 6) == Band()
+    visible[0, 4] = False
+    tensor.copy_(pack(masks.key_mask(visible)))
+    assert torch.equal(masks.allowed(read_once(tensor, 4, 6), 4, 6, "cpu")[:, 0, 0], visible)
+
+
+def test_inference_tensors_have_no_versions_and_are_read_each_time():
+    with torch.inference_mode():
+        tensor = pack(masks.key_mask(torch.ones(1, 6, dtype=torch.bool)))
+        assert isinstance(read_once(tensor, 4, 6), Intervals)
+
+
+def test_a_graph_is_recorded_for_any_mask():
+    def seen(tensor):
+        return masks.allowed(read_once(tensor, 5, 5), 5, 5, "cpu").expand(2, 1, 5, 5) & True
+
+    full, other = (
+        pack(Intervals(bounds, masks.runs_of(visible)))
+        for bounds, visible in (
+            (torch.tensor([0, 5], dtype=torch.int32).expand(2, 1, 2), torch.ones(2, 5) > 0),
+            (torch.tensor([1, 4], dtype=torch.int32).expand(2, 1, 2), torch.rand(2, 5) > 0.5),
+        )
+    )
+    graph = torch.compile(seen, backend="eager", fullgraph=True)
+    for tensor in (full, other):
+        assert torch.equal(graph(tensor), seen(tensor))
+    assert graph(full).all()
+
+
+def test_a_window_is_counted_from_the_position_of_each_query():
+    band = within_window(Band(right=0), 5, 1, 12)
+    seen = masks.allowed(band, 1, 12, "cpu")[0, 0, 0]
+    assert seen.tolist() == [False] * 7 + [True] * 5
+    # the same query as the ninth of a static cache of twelve
+    static = Intervals(torch.tensor([[[0, 9]]], dtype=torch.int32))
+    seen = masks.allowed(within_window(static, 5, 1, 12), 1, 12, "cpu")[0, 0, 0]
+    assert seen.tolist() == [False] * 4 + [True] * 5 + [False] * 3
 
 
 @pytest.mark.parametrize(

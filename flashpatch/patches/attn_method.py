@@ -5,18 +5,16 @@ therefore wrapped to pass it on with the mask.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from flashpatch.dispatch import DEFAULT, Settings, attend, fall_back
 from flashpatch.masks import expand
 from flashpatch.patches.interface import is_causal, read_call, why_blocked
 from flashpatch.registry import Patch, register
-from flashpatch_kernels.masks import Band, Intervals, Mask, intersect
 
 
 @dataclass(frozen=True)
@@ -104,23 +102,11 @@ def attn(
     blocked = why_blocked(module, settings, arguments)
     if blocked is not None:
         return fall_back(blocked, settings, original)
-    q, k, v, options = read_call(query, key, value, mask, causal, settings, arguments)
-    if kind.window is not None:
-        options = replace(options, mask=within_window(options.mask, kind.window, q.shape[2], k))
+    q, k, v, options = read_call(
+        query, key, value, mask, causal, settings, arguments, window=kind.window
+    )
     out = attend(q, k, v, options, settings, original)
     return out if isinstance(out, tuple) else (out, None)
-
-
-def within_window(mask: Mask, window: int, n: int, key: Tensor) -> Mask:
-    """A causal mask of n queries, of which each sees no more than its last `window` keys."""
-    m = key.shape[2]
-    if isinstance(mask, Intervals):
-        # by the end of each interval: unlike m it also tells the position within a static cache
-        hi = mask.bounds[..., 1]
-        lo = torch.maximum(mask.bounds[..., 0], hi - window)
-        return replace(mask, bounds=torch.stack((lo, hi), dim=-1))
-    band = Band(left=window - 1, right=0, offset=m - n)
-    return band if isinstance(mask, Band) else intersect(mask, band, n, m, key.device)
 
 
 def _register(name: str, kind: Callable[[Any], Kind]) -> None:

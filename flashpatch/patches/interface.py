@@ -26,7 +26,14 @@ from flashpatch.dispatch import (
     fall_back,
     unknown_argument,
 )
-from flashpatch.masks import expand, fpatch_mask, separate, unpack
+from flashpatch.masks import (
+    expand,
+    fpatch_mask,
+    read_once,
+    separate,
+    unpack,
+    within_window,
+)
 from flashpatch.registry import Patch, register
 from flashpatch_kernels import masks
 from flashpatch_kernels.engines import Reason
@@ -189,8 +196,14 @@ def read_call(
     causal: bool,
     settings: Settings,
     kwargs: dict[str, Any],
+    *,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Options]:
-    """The call in flashpatch's terms."""
+    """The call in flashpatch's terms.
+
+    `window`: of the keys of a causal mask, each query sees so many at most; None if the mask says
+    all.
+    """
     n, m = q.shape[2], k.shape[2]
     position_bias = kwargs.get("position_bias")
     if causal and m > n:
@@ -202,7 +215,10 @@ def read_call(
     if attention_mask is not None and attention_mask.is_floating_point():
         bias = attention_mask[..., :m]
     elif attention_mask is not None:
-        mask = unpack(attention_mask, n, m)
+        read = read_once if window is None else unpack
+        mask = read(attention_mask, n, m)
+    if window is not None:
+        mask = within_window(mask, window, n, m)
     mask = keep_documents_apart(mask, settings, kwargs, n, m)
     table = None
     if position_bias is not None and not is_constant(position_bias):

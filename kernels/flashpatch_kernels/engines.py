@@ -87,7 +87,11 @@ class Call:
         """The record of a call with these tensors."""
         mask, table, bias, sinks = options.mask, options.table, options.bias, options.sinks
         tensors = (q, k, v, table, bias, sinks)
-        dtypes = [computing_dtype(x) for x in (q, k, v)]
+        dtype = computing_dtype(q)
+        alike = all(
+            x.device == q.device and (x.dtype == q.dtype or computing_dtype(x) == dtype)
+            for x in (k, v)
+        )
         grad = torch.is_grad_enabled()
         if isinstance(mask, Band):
             one_row = mask == Band() or q.shape[2] == 1
@@ -98,8 +102,8 @@ class Call:
         return Call(
             device=q.device.type,
             capability=_capability(q.device) if q.is_cuda else None,
-            dtype=dtypes[0],
-            mixed=not (dtypes[0] == dtypes[1] == dtypes[2] and q.device == k.device == v.device),
+            dtype=dtype,
+            mixed=not alike,
             batch=q.shape[0],
             heads=q.shape[1],
             kv_heads=k.shape[1],

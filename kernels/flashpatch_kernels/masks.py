@@ -108,6 +108,7 @@ def intersect(a: Mask, b: Mask, n_queries: int, n_keys: int, device: torch.devic
         return b
     if b == Band():
         return a
+    a, b = (_of_keys(m) for m in (a, b))
     if isinstance(a, Boolean) or isinstance(b, Boolean):
         return Boolean(
             allowed(a, n_queries, n_keys, device) & allowed(b, n_queries, n_keys, device)
@@ -124,6 +125,13 @@ def intersect(a: Mask, b: Mask, n_queries: int, n_keys: int, device: torch.devic
     return Intervals(torch.stack((lo, hi), dim=-1), runs)
 
 
+def _of_keys(mask: Mask) -> Mask:
+    """A boolean mask of keys alone as intervals, which stay of O(N) memory; others as they are."""
+    if isinstance(mask, Boolean) and mask.allowed.shape[1:3] == (1, 1):
+        return key_mask(mask.allowed[:, 0, 0])
+    return mask
+
+
 def allowed(mask: Mask, n_queries: int, n_keys: int, device: torch.device | str) -> Tensor:
     """The mask as bool [B|1, H|1, N|1, M]: what the compact forms mean, for N x M memory."""
     if isinstance(mask, Boolean):
@@ -133,11 +141,11 @@ def allowed(mask: Mask, n_queries: int, n_keys: int, device: torch.device | str)
             Intervals(band_bounds(mask, n_queries, n_keys, device)), n_queries, n_keys, device
         )
     j = torch.arange(n_keys, dtype=torch.int32, device=device)
-    lo, hi = mask.bounds[..., None, 0], mask.bounds[..., None, 1]  # [B|1, N|1, 1]
+    lo, hi = mask.bounds[:, None, :, :, None].unbind(-2)  # [B|1, 1, N|1, 1]
     seen = (lo <= j) & (j < hi)
     if mask.runs is not None:
-        seen = seen & (mask.runs > 0)[:, None]
-    return seen[:, None]
+        seen = seen & (mask.runs > 0)[:, None, None]
+    return seen
 
 
 def rows(mask: Mask, start: int, stop: int) -> Mask:

@@ -88,6 +88,8 @@ def test_an_intersection_of_structured_masks_stays_structured():
     keys = key_mask(torch.tensor([[True, False, True, True]]))
     assert isinstance(intersect(Band(right=0), keys, 4, 4, "cpu"), Intervals)
     assert isinstance(intersect(keys, keys, 4, 4, "cpu"), Intervals)
+    of_keys = Boolean(torch.tensor([[[[True, True, False, True]]]]))
+    assert isinstance(intersect(Band(right=0), of_keys, 4, 4, "cpu"), Intervals)
     assert intersect(Band(), keys, 4, 4, "cpu") is keys
     assert intersect(Band(right=0), Band(), 4, 4, "cpu") == Band(right=0)
 

@@ -10,9 +10,6 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 import flashpatch
-from flashpatch.patches.attn_method import within_window
-from flashpatch_kernels import masks
-from flashpatch_kernels.masks import Band
 
 TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 1}
 
@@ -126,14 +123,3 @@ def test_packed_documents_are_kept_apart_when_asked():
     flashpatch.apply(model, on_fallback=forbid, packing="position_ids")
     packed = model(TOKENS[:1], position_ids=positions, use_cache=True).logits
     torch.testing.assert_close(packed, torch.cat(alone, dim=1))
-
-
-def test_a_window_is_counted_from_the_position_of_each_query():
-    key = torch.empty(1, 1, 12, 8)
-    band = within_window(Band(), 5, 1, key)
-    seen = masks.allowed(band, 1, 12, "cpu")[0, 0, 0]
-    assert seen.tolist() == [False] * 7 + [True] * 5
-    # the same query as the ninth of a static cache of twelve
-    static = masks.Intervals(torch.tensor([[[0, 9]]], dtype=torch.int32))
-    seen = masks.allowed(within_window(static, 5, 1, key), 1, 12, "cpu")[0, 0, 0]
-    assert seen.tolist() == [False] * 4 + [True] * 5 + [False] * 3
