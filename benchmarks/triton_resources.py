@@ -28,7 +28,13 @@ from flashpatch_kernels.triton import backward, forward, launching
 from flashpatch_kernels.tuning import Tile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 class Launch(NamedTuple):
@@ -66,6 +72,22 @@ def masks(n: int, device: str = "meta") -> dict[str, Mask]:
     return {"band": Band(), "intervals": Intervals(bounds), "runs": Intervals(bounds, runs)}
 
 
+def terms(heads: int, n: int, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """What a score may hold beside the product: options by name."""
+
+    def tensor(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    return {
+        "softcap": {"softcap": 50.0},
+        "table": {"table": tensor(heads, 2 * n - 1)},
+        "bias": {"bias": tensor(1, heads, n, n)},
+        "key bias": {"bias": tensor(2, heads, 1, n)},
+        "sinks": {"sinks": tensor(heads)},
+        "dropout": {"dropout": 0.1, "seed": tensor(1, kind=torch.int64)},
+    }
+
+
 @contextmanager
 def recording(arch: str, tiles: dict[str, Tile] | None = None) -> Iterator[list[Launch]]:
     """Within, launches are listed instead of made, for a card of architecture `arch`.
@@ -75,9 +97,8 @@ def recording(arch: str, tiles: dict[str, Tile] | None = None) -> Iterator[list[
     launches: list[Launch] = []
     table = tuning.tile
 
-    def tile(arch: str, dtype: torch.dtype, size: int, name: Any, *, aligned: bool = True) -> Tile:
-        chosen = (tiles or {}).get(name)
-        return chosen or table(arch, dtype, size, name, aligned=aligned)
+    def tile(asked: tuning.Question, name: Any) -> Tile:
+        return (tiles or {}).get(name) or table(asked, name)
 
     def launch(kernel: Any, n_programs: int, tile: Tile, *arguments: Any) -> None:
         launches.append(Launch(kernel, n_programs, tile, arguments))
@@ -99,7 +120,8 @@ def record(
     value_size: int | None = None,
     group: int = 1,
     aligned: bool = True,
-    needs: str = "qkv",
+    term: str | None = None,
+    needs: tuple[str, ...] = ("q", "k", "v"),
     passes: tuple[str, ...] = ("forward", "backward"),
     tiles: dict[str, Tile] | None = None,
 ) -> list[Launch]:
@@ -112,7 +134,8 @@ def record(
         return whole[..., :d].transpose(1, 2)
 
     q, k, v = tensor(heads, size), tensor(2, size), tensor(2, dv)
-    options = Options(mask=masks(n)[mask], scale=size**-0.5)
+    more = {} if term is None else terms(heads, n, dtype)[term]
+    options = Options(mask=masks(n)[mask], scale=size**-0.5, **more)
     with recording(arch, tiles) as launches:
         out, lse = forward(q, k, v, options)
         if "forward" not in passes:
@@ -126,17 +149,24 @@ def compile_launch(launch: Launch, capability: int = 90) -> Any:
     """The kernel of a launch, compiled for a compute capability."""
     kernel, _, tile, arguments = launch
     constant = {p.name for p in kernel.params if p.is_constexpr}
-    signature, constants, attributes = {}, {}, {}
-    for at, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=True)):
-        if name in constant or value is None:
-            signature[name] = "constexpr"
-            constants[(at,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def kind(value: Any, path: tuple[int, ...], *, fixed: bool) -> Any:
+        if fixed or value is None:
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(kind(x, (*path, at), fixed=False) for at, x in enumerate(value))
+        if isinstance(value, torch.Tensor):
             if value.storage_offset() * value.element_size() % 16 == 0:
-                attributes[(at,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
+                attributes[path] = [["tt.divisibility", 16]]
+            return "*" + TYPES[value.dtype]
+        return "fp32" if isinstance(value, float) else "i32"
+
+    for at, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=True)):
+        signature[name] = kind(value, (at,), fixed=name in constant)
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -214,6 +244,7 @@ def main() -> None:
     parser.add_argument("--arch", default="sm90")
     parser.add_argument("--unaligned", action="store_true")
     parser.add_argument("--group", type=int, default=1)
+    parser.add_argument("--term", choices=list(terms(1, 1, torch.float32)))
     arguments = parser.parse_args()
     print("triton", triton.__version__)
     for size in arguments.sizes:
@@ -224,6 +255,13 @@ def main() -> None:
             mask=arguments.mask,
             aligned=not arguments.unaligned,
             group=arguments.group,
+            term=arguments.term,
+            needs=(
+                "q",
+                "k",
+                "v",
+                *({"table": ["table"], "bias": ["bias"]}.get(arguments.term, [])),
+            ),
         )
         for launch in launches:
             start = time.perf_counter()

@@ -97,8 +97,8 @@ def launches_of(
     made: dict[str, Any] = {}
     launch, table = launching.launch, tuning.tile
 
-    def chosen(arch: str, kind: torch.dtype, most: int, which: Any, **rest: Any) -> Tile:
-        return tile if which == name else table(arch, kind, most, which, **rest)
+    def chosen(asked: tuning.Question, which: Any) -> Tile:
+        return tile if which == name else table(asked, which)
 
     def keep(kernel: Any, n_programs: int, tile: Tile, *arguments: Any) -> None:
         made[kernel.__name__] = lambda: launch(kernel, n_programs, tile, *arguments)

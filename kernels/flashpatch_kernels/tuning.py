@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Pass = Literal["forward", "stats", "dkdv", "dk", "dv", "dq"]
+Pass = Literal["forward", "stats", "dkdv", "dk", "dv", "dq", "sums"]
 
 
 class Tile(NamedTuple):
@@ -68,6 +68,22 @@ TABLE: dict[tuple[str, str, Pass], tuple[tuple[int, Tile], ...]] = {
         (192, Tile(128, 64, 8, 2, tma=True)),
         (256, Tile(128, 32, 8, 3, tma=True)),
     ),
+    # Beside a table, a bias or dropout, which want registers and memory of their own. Chosen by
+    # compiling, not measured.
+    ("sm90", "half terms", "forward"): (
+        (64, Tile(128, 64, 8, 3, tma=True)),
+        (128, Tile(64, 128, 8, 2, tma=True)),
+        (256, Tile(64, 64, 8, 2, tma=True)),
+    ),
+    ("sm90", "half terms", "dkdv"): (
+        (64, Tile(64, 64, 4, 3, tma=True)),
+        (128, Tile(64, 64, 8, 3, tma=True)),
+    ),
+    ("sm90", "half terms", "dq"): (
+        (64, Tile(64, 64, 4, 3, tma=True)),
+        (128, Tile(128, 64, 8, 3, tma=True)),
+        (256, Tile(64, 32, 8, 2, tma=True)),
+    ),
     ("any", "half", "forward"): (
         (64, Tile(64, 64, 4, 2)),
         (128, Tile(64, 32, 4, 2)),
@@ -90,6 +106,8 @@ TABLE: dict[tuple[str, str, Pass], tuple[tuple[int, Tile], ...]] = {
     ("any", "float", "dk"): ((256, Tile(16, 16, 8, 1)),),
     ("any", "float", "dv"): ((256, Tile(16, 16, 8, 1)),),
     ("any", "float", "dq"): ((64, Tile(16, 32, 4, 1)), (256, Tile(16, 16, 8, 1))),
+    ("any", "half", "sums"): ((128, Tile(64, 64, 8, 1)), (256, Tile(32, 32, 4, 1))),
+    ("any", "float", "sums"): ((128, Tile(32, 32, 4, 1)), (256, Tile(16, 16, 4, 1))),
     ("any", "half", "stats"): ((64, Tile(64, 64, 4, 1)), (256, Tile(16, 64, 4, 1))),
     ("any", "float", "stats"): ((64, Tile(32, 64, 4, 1)), (256, Tile(16, 64, 4, 1))),
 }
@@ -104,32 +122,44 @@ def architecture(device: torch.device) -> str:
     return f"sm{major}{minor}"
 
 
-@lru_cache
-def tile(arch: str, dtype: torch.dtype, size: int, name: Pass, *, aligned: bool = True) -> Tile:
-    """The tile of one pass.
+class Question(NamedTuple):
+    """What the table is asked for.
 
-    Args:
+    Attributes:
         arch: As `architecture` gives it; one without rows takes those of "any".
         dtype: Of q, k and v.
         size: Head size, the larger of D and Dv.
-        name: The pass. "dk" or "dv" alone can do with the tile of both where they have none.
         aligned: Every row starts at a multiple of 16 bytes. If not, loads are narrow, need many
             registers, and take the small tiles.
+        terms: A table, a bias or dropout takes part.
     """
-    if name in ("dk", "dv") and not has_tile(arch, dtype, size, name, aligned=aligned):
+
+    arch: str
+    dtype: torch.dtype
+    size: int
+    aligned: bool = True
+    terms: bool = False
+
+
+@lru_cache
+def tile(asked: Question, name: Pass) -> Tile:
+    """The tile of a pass; "dk" or "dv" alone can do with that of both where they have none."""
+    if name in ("dk", "dv") and not has_tile(asked, name):
         name = "dkdv"
-    return next(t for most, t in _rows(arch, dtype, name, aligned=aligned) if size <= most)
+    return next(t for most, t in _rows(asked, name) if asked.size <= most)
 
 
-def has_tile(arch: str, dtype: torch.dtype, size: int, name: Pass, *, aligned: bool = True) -> bool:
+def has_tile(asked: Question, name: Pass) -> bool:
     """Whether a pass has a tile for heads of this size, as "dkdv" has not where two are large."""
-    return any(size <= most for most, _ in _rows(arch, dtype, name, aligned=aligned))
+    return any(asked.size <= most for most, _ in _rows(asked, name))
 
 
-def _rows(
-    arch: str, dtype: torch.dtype, name: Pass, *, aligned: bool
-) -> tuple[tuple[int, Tile], ...]:
-    """The table's rows for one pass."""
-    kind = "float" if dtype == torch.float32 else "half"
-    rows = TABLE.get((arch, kind, name)) if aligned else None
-    return rows or TABLE.get(("any", kind, name), ())
+def _rows(asked: Question, name: Pass) -> tuple[tuple[int, Tile], ...]:
+    """The table's rows for one pass, from the most particular to the most general."""
+    kind = "float" if asked.dtype == torch.float32 else "half"
+    keys: list[tuple[str, str, Pass]] = [("any", kind, name)]
+    if asked.aligned:
+        keys.insert(0, (asked.arch, kind, name))
+        if asked.terms:
+            keys.insert(0, (asked.arch, f"{kind} terms", name))
+    return next((TABLE[key] for key in keys if key in TABLE), ())

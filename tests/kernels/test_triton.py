@@ -7,7 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -100,7 +100,9 @@ MASKS = {
 }
 
 
-def case(mask, *, heads=1, group=1, n=70, m=70, d=16, dv=16, dtype=torch.float32, scale=None):
+def case(
+    mask, *, heads=1, group=1, n=70, m=70, d=16, dv=16, dtype=torch.float32, scale=None, terms=()
+):
     """Inputs of a call: q, k, v, dout, dlse, options."""
     generator = torch.Generator().manual_seed(0)
     q = views((2, heads, n, d), dtype, generator)
@@ -108,17 +110,54 @@ def case(mask, *, heads=1, group=1, n=70, m=70, d=16, dv=16, dtype=torch.float32
     v = views((2, heads // group, m, dv), dtype, generator)
     dout = views((2, heads, n, dv), dtype, generator)
     dlse = torch.randn(2, heads, n, generator=generator)
-    options = Options(mask=MASKS[mask](n, m), scale=d**-0.5 if scale is None else scale)
-    return q, k, v, dout, dlse, options
+    options = {"mask": MASKS[mask](n, m), "scale": d**-0.5 if scale is None else scale}
+    for term in terms:
+        options |= TERMS[term](heads, n, m, generator)
+    return q, k, v, dout, dlse, Options(**options)
+
+
+def biased(shared=(), hidden=()):
+    """A bias [B, H, N, M] of which the dimensions `shared` are one, and where keys are hidden."""
+
+    def make(heads, n, m, generator):
+        sizes = [1 if at in shared else size for at, size in enumerate((2, heads, n, m))]
+        bias = torch.randn(sizes, generator=generator)
+        bias[..., list(hidden)] = torch.finfo(torch.float32).min
+        return {"bias": bias}
+
+    return make
+
+
+TERMS = {
+    "softcap": lambda heads, n, m, generator: {"softcap": 0.7},
+    "table": lambda heads, n, m, generator: {
+        "table": torch.randn(heads, n + m - 1, generator=generator)
+    },
+    "bias": biased(),
+    "bias of one row": biased(shared=(0,)),
+    "bias of one head": biased(shared=(1,)),
+    "bias of a pair": biased(shared=(0, 1)),
+    "bias of keys": biased(shared=(2,)),
+    "bias of keys alone": biased(shared=(0, 1, 2)),
+    "bias that hides": biased(shared=(1, 2), hidden=(0, 3, 4)),
+    "sinks": lambda heads, n, m, generator: {"sinks": torch.randn(heads, generator=generator)},
+    "dropout": lambda heads, n, m, generator: {"dropout": 0.3, "seed": torch.tensor([2**61 + 11])},
+}
+LEARNT = ("table", "bias", "sinks")
 
 
 def expected(q, k, v, dout, dlse, options):
     """Output, lse and gradients in float64."""
-    q, k, v = (t.detach().double().requires_grad_() for t in (q, k, v))
-    out, lse = reference.attention(q, k, v, options)
+    inputs = {"q": q, "k": k, "v": v} | {x: getattr(options, x) for x in LEARNT}
+    inputs = {
+        name: t.detach().double().requires_grad_() for name, t in inputs.items() if t is not None
+    }
+    options = replace(options, **{name: inputs[name] for name in LEARNT if name in inputs})
+    out, lse = reference.attention(inputs["q"], inputs["k"], inputs["v"], options)
     seen = lse.detach() > -torch.inf
     loss = (out * dout).sum() + (torch.where(seen, lse, 0) * dlse).sum()
-    return out.detach(), lse.detach(), torch.autograd.grad(loss, (q, k, v))
+    grads = torch.autograd.grad(loss, list(inputs.values()))
+    return out.detach(), lse.detach(), dict(zip(inputs, grads, strict=True))
 
 
 def check(engine, q, k, v, dout, dlse, options):
@@ -126,23 +165,39 @@ def check(engine, q, k, v, dout, dlse, options):
     # The interpreter rounds towards zero, hence a whole unit in the last place and not a half.
     tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[q.dtype]
     out, lse = engine("forward", q, k, v, options)
-    needs = frozenset({"q", "k", "v"})
-    grads = engine("backward", dout, dlse, q, k, v, out, lse, options, needs)
     true_out, true_lse, true_grads = expected(q, k, v, dout, dlse, options)
+    needs = frozenset(true_grads)
+    grads = engine("backward", dout, dlse, q, k, v, out, lse, options, needs)
     assert out.dtype == q.dtype
     assert out.transpose(1, 2).is_contiguous()
     assert torch.equal(lse == -torch.inf, true_lse == -torch.inf)
     seen = true_lse > -torch.inf
-    assert (lse - true_lse)[seen].abs().max() < 1e-5
+    rounded = options.table is not None and q.dtype != torch.float32  # to half precision
+    rounding = options.table.abs().max() * 2**-11 if rounded else 0
+    assert (lse - true_lse)[seen].abs().max() < 1e-5 + rounding
     assert not out[~seen].any()
-    for found, true in zip((out, *grads.values()), (true_out, *true_grads), strict=True):
-        assert found.shape == true.shape
-        assert (found.double() - true).norm() <= tolerance * true.norm()
+    assert set(grads) == needs
+    for name, true in {"out": true_out, **true_grads}.items():
+        found = {"out": out, **grads}[name]
+        assert found.shape == true.shape, name
+        assert (found.double() - true).norm() <= tolerance * true.norm(), name
 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_mask_gives_the_equations_output_and_gradients(engine, mask):
     check(engine, *case(mask))
+
+
+@pytest.mark.parametrize("mask", ["full", "padding, causal"])
+@pytest.mark.parametrize("term", TERMS)
+def test_every_term_gives_the_equations_output_and_gradients(engine, term, mask):
+    check(engine, *case(mask, heads=2, n=40, m=70, terms=[term]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_all_terms_at_once(engine, dtype):
+    terms = ["softcap", "table", "bias of one head", "sinks", "dropout"]
+    check(engine, *case("window", heads=4, group=2, n=40, m=50, dtype=dtype, terms=terms))
 
 
 @pytest.mark.parametrize("group", [2, 4])

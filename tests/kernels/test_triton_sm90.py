@@ -28,7 +28,12 @@ OTHERS = [
     {"size": 64, "dtype": "float32"},
     {"size": 128, "dtype": "float32", "precision": "high"},
 ]
-CALLS = [*HALF, *MASKED, *OTHERS]
+TERMS = [
+    {"size": size, "dtype": "bfloat16", "term": term}
+    for term, sizes in (("table", (64, 128)), ("key bias", (128,)), ("softcap", (256,)))
+    for size in sizes
+]
+CALLS = [*HALF, *MASKED, *OTHERS, *TERMS]
 
 # Local memory that is accepted, in bytes a thread, as the Triton of constraints.txt compiles them.
 # All of it lies outside the loop over whole tiles, and tiles without it are slower (LOG.md).
@@ -38,6 +43,8 @@ LOCAL_BYTES = {
     ("dkdv_kernel", 96, "bfloat16"): 40,
     ("dkdv_kernel", 256, "bfloat16"): 248,
     ("dq_kernel", 256, "bfloat16"): 16,
+    ("dq_kernel", 256, "bfloat16", "softcap"): 72,
+    ("dkdv_kernel", 256, "bfloat16", "softcap"): 248,
 }
 
 # Reads calls, one a line; writes what each of their kernels needs. A process of its own, because
@@ -50,7 +57,8 @@ for line in sys.stdin:
     call = json.loads(line)
     dtype = getattr(torch, call.pop("dtype"))
     torch.set_float32_matmul_precision(call.pop("precision", "highest"))
-    for launch in triton_resources.record("sm90", dtype, **call):
+    learnt = ("table",) if call.get("term") == "table" else ()
+    for launch in triton_resources.record("sm90", dtype, **call, needs=("q", "k", "v", *learnt)):
         found = triton_resources.resources(triton_resources.compile_launch(launch))
         print(json.dumps([line, launch.kernel.__name__, found._asdict()]), flush=True)
 """
@@ -78,16 +86,18 @@ def needs():
 
 @pytest.mark.parametrize("call", [json.dumps(call) for call in CALLS])
 def test_kernels_fit_registers_and_shared_memory(needs, call):
-    kernels = needs[call]
+    kernels, facts = needs[call], json.loads(call)
     assert {"forward_kernel", "stats_kernel", "dkdv_kernel", "dq_kernel"} <= {k for k, _ in kernels}
+    kind = (facts["size"], facts["dtype"], *([facts["term"]] if "term" in facts else []))
     for kernel, resources in kernels:
         assert resources["shared_bytes"] <= SHARED_BYTES, kernel
-        accepted = LOCAL_BYTES.get((kernel, json.loads(call)["size"], json.loads(call)["dtype"]), 0)
+        accepted = LOCAL_BYTES.get((kernel, *kind), 0)
         assert resources["local_bytes"] <= accepted, (kernel, resources)
         assert resources["hot_spills"] == 0, (kernel, resources)
 
 
-@pytest.mark.parametrize("call", [json.dumps(call) for call in HALF])
+@pytest.mark.parametrize("call", [json.dumps(call) for call in (*HALF, *TERMS)])
 def test_products_run_on_tensor_cores(needs, call):
     for kernel, resources in needs[call]:
-        assert (resources["mma"] > 0) == (kernel != "stats_kernel"), kernel
+        products = kernel.split("_")[0] in ("forward", "dkdv", "dq", "sums")
+        assert (resources["mma"] > 0) == products, kernel

@@ -1,6 +1,7 @@
 """Engine `triton`: forward and backward as Triton kernels, for any GPU that Triton knows.
 
-Two functions, with the contract that every engine has; the mask may be a Band or Intervals.
+Two functions, with the contract that every engine has; the mask may be a Band or Intervals. What
+makes a score of a product is in `scores` and `terms`, the gradients of that in `term_gradients`.
 """
 
 from flashpatch_kernels.triton.backward_pass import backward

@@ -1,11 +1,12 @@
 """Backward kernels: the gradients of q, k and v from that of the output, in three launches.
 
 With p = 2^(s - lse) of the forward's scores s, and delta = rowsum(dO * O) - dlse:
-    dv = p^T dO        dp = dO v^T        ds = p * (dp - delta)
-    dq = ds k * scale  dk = ds^T q * scale
-p is computed anew, tile by tile. `stats_kernel` prepares delta and lse; `dkdv_kernel` owns a tile
-of keys and walks over queries; `dq_kernel` owns a tile of queries and walks over keys. Each sum is
-taken by one program in a fixed order, hence no atomics and the same bits every time.
+    dv = dropout(p)^T dO    dp = dropout(dO v^T)    ds = p * (dp - delta)
+    dq = ds k * scale       dk = ds^T q * scale     where a cap makes ds ds * (1 - tanh^2)
+The terms of a score are given ds itself, in `term_gradients`. p is computed anew, tile by tile.
+`stats` prepares delta and lse; `dkdv_kernel` owns a tile of keys and walks over queries;
+`dq_kernel` owns a tile of queries and walks over keys. Each sum is taken by one program in a fixed
+order, hence no atomics and the same bits every time.
 
 Letters: B batch, H query heads, N queries, M keys, D head size of q and k, Dv of v; tiles of BM
 queries and BN keys.
@@ -20,64 +21,19 @@ from torch import Tensor
 
 from flashpatch_kernels import tuning
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import launching, tile_masks, tiles
+from flashpatch_kernels.triton import dropout, launching, scores, terms, tile_masks, tiles
 from flashpatch_kernels.triton.compiling import kernel
+from flashpatch_kernels.triton.stats import compute_stats, load_stats
+from flashpatch_kernels.triton.term_gradients import term_gradients
 from flashpatch_kernels.tuning import Tile
-
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@kernel
-def stats_kernel(
-    O, DO, LSE, DLSE, STATS,
-    o_batch, o_head, o_row, do_batch, do_head, do_row, n_heads, n_queries, n_rows,
-    C: tl.constexpr,
-):  # fmt: skip
-    """Per query what the other two read: STATS[0] = lse in base 2, STATS[1] = delta.
-
-    A query that sees no key has lse = -inf; it becomes +inf, so that its p is 2^(-inf) = 0.
-    """
-    n_tiles = tl.cdiv(n_queries, C.BM)
-    bh = tl.program_id(0) // n_tiles
-    start = (tl.program_id(0) % n_tiles) * C.BM
-    b = tl.cast(bh // n_heads, tl.int64)
-    h = tl.cast(bh % n_heads, tl.int64)
-    i = start + tl.arange(0, C.BM)
-    at = tl.cast(bh, tl.int64) * n_queries + i
-    O += (b * o_batch + h * o_head) * C.UNIT
-    DO += (b * do_batch + h * do_head) * C.UNIT
-    os = tiles.matrices(O, 0, o_row * C.UNIT, 1, n_queries, C.BM, C.DV, C.V0, C.V1, False)
-    dos = tiles.matrices(DO, 0, do_row * C.UNIT, 1, n_queries, C.BM, C.DV, C.V0, C.V1, False)
-    o = tiles.load(os, 0, start, C.BM, C.DV, C.V0, C.V1, False, True)
-    do = tiles.load(dos, 0, start, C.BM, C.DV, C.V0, C.V1, False, True)
-    delta = tl.sum(o[0].to(tl.float32) * do[0].to(tl.float32), 1)
-    if C.V1 > 0:
-        delta += tl.sum(o[1].to(tl.float32) * do[1].to(tl.float32), 1)
-    if DLSE is not None:
-        delta -= tl.load(DLSE + at, mask=i < n_queries, other=0.0)
-    lse = tl.load(LSE + at, mask=i < n_queries, other=0.0) * LOG2E
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    tl.store(STATS + at, lse, mask=i < n_queries)
-    tl.store(STATS + n_rows + at, delta, mask=i < n_queries)
-
-
-@triton.jit
-def load_stats(stats, n_rows, head, start, n_queries, BM: tl.constexpr, EDGE: tl.constexpr):
-    """Base-2 lse and delta of the queries start .. start + BM; beyond the last, p becomes 0."""
-    i = start + tl.arange(0, BM)
-    at = stats + tl.cast(head, tl.int64) * n_queries + i
-    if EDGE:
-        lse = tl.load(at, mask=i < n_queries, other=float("inf"))
-        return lse, tl.load(at + n_rows, mask=i < n_queries, other=0.0)
-    else:
-        return tl.load(at), tl.load(at + n_rows)
 
 
 @triton.jit
 def dkdv_step(
-    dk, dv, k, v, queries, douts, stats, n_rows, head, m, n, mask, batch,
-    n_queries, n_keys, qk_scale,
-    ROWS: tl.constexpr, PART: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr,
+    dk, dv, k, v, queries, douts, stats, n_rows, head, first_head, n_heads, m, n, mask, batch,
+    n_queries, n_keys, to_log2, score, drop,
+    ROWS: tl.constexpr, PART: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds what the queries m .. m + BM of one head give to the keys n .. n + BN."""
     q = tiles.load(queries, head, m, C.BM, C.D, C.D0, C.D1, C.TMA, MASKED)
@@ -86,15 +42,30 @@ def dkdv_step(
     st = tiles.inner(k, q, C)  # [BN, BM]
     if PART != "dv":
         dpt = tiles.inner(v, do, C)  # [BN, BM]
-    pt = tl.math.exp2(st * qk_scale - lse[None, :])
+    i = m + tl.arange(0, C.BM)
+    j = n + tl.arange(0, C.BN)
+    inside = tl.minimum(i, n_queries - 1) if MASKED else i
+    h = first_head + head
+    if not C.PLAIN:
+        at = tl.minimum(j, n_keys - 1)
+        st, tanh = scores.scores(st, inside[None, :], at[:, None], h, score, C, TERMS)
+    pt = tl.math.exp2(st * to_log2 - lse[None, :])
     if MASKED:
-        lo, hi = ROWS(mask, batch, m + tl.arange(0, C.BM), n_queries, n_keys)
-        j = n + tl.arange(0, C.BN)
+        lo, hi = ROWS(mask, batch, i, n_queries, n_keys)
         pt = tl.where((lo[None, :] <= j[:, None]) & (j[:, None] < hi[None, :]), pt, 0.0)
+    if C.DROPOUT:
+        kept = dropout.kept(inside[None, :], j[:, None], batch * n_heads + h, drop)
     if PART != "dk":
-        dv = tiles.add_product(dv, pt, do, C)
+        if C.DROPOUT:
+            dv = tiles.add_product(dv, tl.where(kept, pt, 0.0), do, C)
+        else:
+            dv = tiles.add_product(dv, pt, do, C)
     if PART != "dv":
-        dst = pt * (dpt - delta[None, :])  # pyright: ignore[reportPossiblyUnboundVariable]
+        if C.DROPOUT:
+            dpt = tl.where(kept, dpt * drop[2], 0.0)
+        dst = pt * (dpt - delta[None, :])
+        if C.CAP:
+            dst = dst * (1 - tanh * tanh)
         dk = tiles.add_product(dk, dst, q, C)
     return dk, dv
 
@@ -104,11 +75,12 @@ def dkdv_kernel(
     Q, K, V, DO, STATS, DK, DV,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     do_batch, do_head, do_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
-    n_batch, n_heads, group, n_queries, n_keys, wave, scale, qk_scale,
+    n_batch, n_heads, group, n_queries, n_keys, wave, scale, to_log2,
     left, right, offset, bounds, bounds_batch, bounds_row, runs, runs_batch, query_tiles,
     tiles_batch,
+    factor, cap, terms, bias_batch, bias_head, bias_row, table_row, seed, threshold, keep_scale,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, RUNS: tl.constexpr, GROUPED: tl.constexpr,
-    PART: tl.constexpr, C: tl.constexpr,
+    PART: tl.constexpr, TERMS: tl.constexpr, CODE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of one key head, over the query heads that share it and their queries.
 
@@ -126,6 +98,9 @@ def dkdv_kernel(
     g = tl.cast(bg % kv_heads, tl.int64)
     h = g * group
     n = tile * C.BN
+    score = (factor, cap, batch, n_queries, n_keys, terms,
+             bias_batch, bias_head, bias_row, table_row)  # fmt: skip
+    drop = (seed, threshold, keep_scale)
     t0, t1, t2, t3 = QUERIES(mask, batch, n, n_queries, n_keys, C.BM, C.BN)
 
     Q += (b * q_batch + h * q_head) * C.UNIT
@@ -154,15 +129,15 @@ def dkdv_kernel(
         head = t // whole if GROUPED else 0
         m = (t1 + (t % whole if GROUPED else t)) * C.BM
         dk, dv = dkdv_step(
-            dk, dv, k, v, queries, douts, STATS, n_rows, head, m, n, mask, batch,
-            n_queries, n_keys, qk_scale, ROWS, PART, C, False,
+            dk, dv, k, v, queries, douts, STATS, n_rows, head, h, n_heads, m, n, mask, batch,
+            n_queries, n_keys, to_log2, score, drop, ROWS, PART, TERMS, C, False,
         )  # fmt: skip
     for t in tl.range(0, part * group if GROUPED else part):
         head = t // part if GROUPED else 0
         m = tile_masks.edge_tile(t % part if GROUPED else t, t0, t1, t2) * C.BM
         dk, dv = dkdv_step(
-            dk, dv, k, v, queries, douts, STATS, n_rows, head, m, n, mask, batch,
-            n_queries, n_keys, qk_scale, ROWS, PART, C, True,
+            dk, dv, k, v, queries, douts, STATS, n_rows, head, h, n_heads, m, n, mask, batch,
+            n_queries, n_keys, to_log2, score, drop, ROWS, PART, TERMS, C, True,
         )  # fmt: skip
 
     # Nobody sees a hidden key, though no tile tested it.
@@ -175,24 +150,37 @@ def dkdv_kernel(
         dk = tiles.scaled(dk, scale)
         tiles.store(DK, dk_row * C.UNIT, n, n_keys, dk, C.BN, C.D, C.D0, C.D1)
     if PART != "dk":
+        if C.DROPOUT:
+            dv = tiles.scaled(dv, keep_scale)
         DV += (b * dv_batch + g * dv_head) * C.UNIT
         tiles.store(DV, dv_row * C.UNIT, n, n_keys, dv, C.BN, C.DV, C.V0, C.V1)
 
 
 @triton.jit
 def dq_step(
-    dq, q, do, lse, delta, keys, values, n, lo, hi, mask, batch, n_keys, qk_scale,
-    RUNS: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr,
+    dq, q, do, lse, delta, keys, values, i, n, lo, hi, mask, batch, head, n_heads, n_keys, to_log2,
+    score, drop,
+    RUNS: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys n .. n + BN give."""
     k = tiles.load(keys, 0, n, C.BN, C.D, C.D0, C.D1, C.TMA, MASKED)
     s = tiles.inner(q, k, C)  # [BM, BN]
-    p = tl.math.exp2(s * qk_scale - lse[:, None])
+    j = n + tl.arange(0, C.BN)
+    if MASKED:
+        j = tl.minimum(j, n_keys - 1)
+    if not C.PLAIN:
+        s, tanh = scores.scores(s, i[:, None], j[None, :], head, score, C, TERMS)
+    p = tl.math.exp2(s * to_log2 - lse[:, None])
     if MASKED:
         p = tl.where(tile_masks.visible(lo, hi, n, mask, batch, n_keys, C.BN, RUNS), p, 0.0)
     v = tiles.load(values, 0, n, C.BN, C.DV, C.V0, C.V1, C.TMA, MASKED)
     dp = tiles.inner(do, v, C)  # [BM, BN]
+    if C.DROPOUT:
+        kept = dropout.kept(i[:, None], j[None, :], batch * n_heads + head, drop)
+        dp = tl.where(kept, dp * drop[2], 0.0)
     ds = p * (dp - delta[:, None])
+    if C.CAP:
+        ds = ds * (1 - tanh * tanh)
     return tiles.add_product(dq, ds, k, C)
 
 
@@ -201,9 +189,11 @@ def dq_kernel(
     Q, K, V, DO, STATS, DQ,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     do_batch, do_head, do_row, dq_batch, dq_head, dq_row,
-    n_batch, n_heads, group, n_queries, n_keys, wave, scale, qk_scale,
+    n_batch, n_heads, group, n_queries, n_keys, wave, scale, to_log2,
     left, right, offset, bounds, bounds_batch, bounds_row, runs, runs_batch,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, RUNS: tl.constexpr, C: tl.constexpr,
+    factor, cap, terms, bias_batch, bias_head, bias_row, table_row, seed, threshold, keep_scale,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, RUNS: tl.constexpr, TERMS: tl.constexpr,
+    CODE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head, over the keys that it sees."""
     mask = (left, right, offset, bounds, bounds_batch, bounds_row, runs, runs_batch)
@@ -214,6 +204,9 @@ def dq_kernel(
     b = tl.cast(batch, tl.int64)
     h = tl.cast(bh % n_heads, tl.int64)
     start = tile * C.BM
+    score = (factor, cap, batch, n_queries, n_keys, terms,
+             bias_batch, bias_head, bias_row, table_row)  # fmt: skip
+    drop = (seed, threshold, keep_scale)
     t0, t1, t2, t3 = KEYS(mask, batch, start, n_queries, n_keys, C.BM, C.BN, RUNS)
 
     Q += (b * q_batch + h * q_head) * C.UNIT
@@ -231,17 +224,19 @@ def dq_kernel(
     n_rows = tl.cast(n_batch * n_heads, tl.int64) * n_queries
     lse, delta = load_stats(STATS, n_rows, bh, start, n_queries, C.BM, True)
     dq = tiles.zeros(C.BM, C.D0, C.D1)
+    i = start + tl.arange(0, C.BM)
+    inside = tl.minimum(i, n_queries - 1)
     for n in tl.range(t1 * C.BN, t2 * C.BN, C.BN):
         dq = dq_step(
-            dq, q, do, lse, delta, keys, values, n, None, None, mask, batch, n_keys, qk_scale,
-            RUNS, C, False,
+            dq, q, do, lse, delta, keys, values, inside, n, None, None, mask, batch, h, n_heads,
+            n_keys, to_log2, score, drop, RUNS, TERMS, C, False,
         )  # fmt: skip
-    lo, hi = ROWS(mask, batch, start + tl.arange(0, C.BM), n_queries, n_keys)
+    lo, hi = ROWS(mask, batch, i, n_queries, n_keys)
     for t in tl.range(0, t1 - t0 + t3 - t2):
         n = tile_masks.edge_tile(t, t0, t1, t2) * C.BN
         dq = dq_step(
-            dq, q, do, lse, delta, keys, values, n, lo, hi, mask, batch, n_keys, qk_scale,
-            RUNS, C, True,
+            dq, q, do, lse, delta, keys, values, inside, n, lo, hi, mask, batch, h, n_heads,
+            n_keys, to_log2, score, drop, RUNS, TERMS, C, True,
         )  # fmt: skip
     DQ += (b * dq_batch + h * dq_head) * C.UNIT
     dq = tiles.scaled(dq, scale)
@@ -259,24 +254,28 @@ def backward(
     options: Options,
     needs: frozenset[str],
 ) -> dict[str, Tensor]:
-    """The gradients that `needs` names, among "q", "k" and "v", each laid out as its tensor."""
-    inputs = {"q": q, "k": k, "v": v}
-    grads = {name: torch.empty_like(t) for name, t in inputs.items() if name in needs}
+    """The gradients that `needs` names, those of q, k and v laid out as these."""
     if lse.numel() == 0 or k.shape[2] == 0:
-        return {name: grad.zero_() for name, grad in grads.items()}
+        tensors = {"q": q, "k": k, "v": v}
+        tensors |= {"table": options.table, "bias": options.bias, "sinks": options.sinks}
+        return {n: torch.zeros_like(t) for n, t in tensors.items() if n in needs and t is not None}
+    grads = {n: torch.empty_like(t) for n, t in (("q", q), ("k", k), ("v", v)) if n in needs}
     written = {name: writable(grad) for name, grad in grads.items()}
     q, k, v, out, dout = (launching.readable(t) for t in (q, k, v, out, dout))
     call = launching.Setup.of(q, k, v, (out, dout, *written.values()), options)
+    inputs = (q, k, v, dout)
     with launching.on(q.device):
         stats = compute_stats(call, out, dout, lse, dlse)
+        added = terms.terms_of(options, q.shape[2], k.shape[2], q.dtype)
         for name in call.key_passes(needs):
-            compute_dkdv(call, name, (q, k, v, dout), stats, written.get("k"), written.get("v"))
+            compute_dkdv(call, added, name, inputs, stats, written.get("k"), written.get("v"))
         if "q" in needs:
-            compute_dq(call, (q, k, v, dout), stats, written["q"])
+            compute_dq(call, added, inputs, stats, written["q"])
+        found = term_gradients(call, added, inputs, stats, needs)
     for name, grad in grads.items():
         if written[name] is not grad:
             grad.copy_(written[name])
-    return grads
+    return grads | found
 
 
 def writable(grad: Tensor) -> Tensor:
@@ -285,26 +284,9 @@ def writable(grad: Tensor) -> Tensor:
     return grad if grad.stride(-1) == 1 else torch.empty_like(grad, memory_format=contiguous)
 
 
-def compute_stats(
-    call: launching.Setup, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None
-) -> Tensor:
-    """Base-2 lse and delta of every query: fp32 [2, B, H, N]."""
-    n_batch, n_heads, _, n_queries, _ = call.sizes
-    tile, fixed = call.tuned("stats")
-    stats = torch.empty(2, *lse.shape, dtype=torch.float32, device=lse.device)
-    launching.launch(
-        stats_kernel,
-        triton.cdiv(n_queries, tile.BM) * n_batch * n_heads,
-        tile,
-        *(out, dout, lse.contiguous(), None if dlse is None else dlse.contiguous(), stats),
-        *call.strides(out, dout),
-        *(n_heads, n_queries, lse.numel(), fixed),
-    )
-    return stats
-
-
 def compute_dkdv(
     call: launching.Setup,
+    added: terms.Terms,
     name: tuning.Pass,
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     stats: Tensor,
@@ -327,14 +309,17 @@ def compute_dkdv(
         *call.strides(*inputs, dk, dv),
         *call.sizes,
         call.wave(n_tiles, n_queries * group, 1),
-        *(call.scale, call.scale * launching.LOG2E),
+        *(float(call.options.scale), call.to_log2),
         *(*call.mask.arguments, seen, 0 if seen is None else launching.batch_stride(seen)),
-        *(call.mask.rows, call.mask.queries, call.mask.has_runs, group > 1, name, fixed),
+        *(*call.cap, added.transposed_pointers, *added.numbers, *call.drop),
+        *(call.mask.rows, call.mask.queries, call.mask.has_runs, group > 1, name),
+        *(added.transposed, added.code, fixed),
     )
 
 
 def compute_dq(
     call: launching.Setup,
+    added: terms.Terms,
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     stats: Tensor,
     dq: Tensor,
@@ -351,9 +336,11 @@ def compute_dq(
         *call.strides(*inputs, dq),
         *call.sizes,
         call.wave(n_tiles, n_keys, group),
-        *(call.scale, call.scale * launching.LOG2E),
+        *(float(call.options.scale), call.to_log2),
         *call.mask.arguments,
-        *(call.mask.rows, call.mask.keys, call.mask.has_runs, fixed),
+        *(*call.cap, added.pointers, *added.numbers, *call.drop),
+        *(call.mask.rows, call.mask.keys, call.mask.has_runs),
+        *(added.functions, added.code, fixed),
     )
 
 

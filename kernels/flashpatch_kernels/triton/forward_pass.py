@@ -1,10 +1,11 @@
-"""Forward: softmax(q k^T * scale) v, a tile of queries at a time over tiles of keys.
+"""Forward: softmax(scores) v, a tile of queries at a time over tiles of keys.
 
-For each tile of keys, in base 2 with qk_scale = scale * log2(e):
-    s = q k^T * qk_scale                     m' = max(m, rowmax(s))
-    p = 2^(s - m')                           l  = 2^(m - m') l + rowsum(p)
-    o = 2^(m - m') o + p v                   m  = m'
-and at the end o / l and lse = ln(2) (m + log2(l)), a natural logarithm.
+For each tile of keys, in base 2:
+    s = (cap(q k^T * scale) + terms) * log2(e)    m' = max(m, rowmax(s))
+    p = 2^(s - m')                                l  = 2^(m - m') l + rowsum(p)
+    o = 2^(m - m') o + dropout(p) v               m  = m'
+and at the end o / l and lse = ln(2) (m + log2(l)), a natural logarithm. A sink is a key of its own
+logit and no value: m and l begin with it.
 
 Letters: B batch, H query heads, N queries, M keys, D head size of q and k, Dv of v; a program owns
 BM queries of one head and reads BN keys at a time.
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import launching, tile_masks, tiles
+from flashpatch_kernels.triton import dropout, launching, scores, terms, tile_masks, tiles
 from flashpatch_kernels.triton.compiling import kernel
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -26,19 +27,25 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def forward_step(
-    m, l, acc, q, keys, values, n, lo, hi, mask, batch, n_keys, qk_scale,
-    RUNS: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr,
+    m, l, acc, q, keys, values, i, n, lo, hi, mask, batch, head, n_heads, n_keys, to_log2,
+    score, drop,
+    RUNS: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Takes the keys n .. n + BN into account."""
     k = tiles.load(keys, 0, n, C.BN, C.D, C.D0, C.D1, C.TMA, MASKED)
     s = tiles.inner(q, k, C)  # [BM, BN]
-    if not C.FOLD:
-        s = s * qk_scale
+    j = n + tl.arange(0, C.BN)
+    if MASKED:
+        j = tl.minimum(j, n_keys - 1)
+    if not C.PLAIN:
+        s, _ = scores.scores(s, i[:, None], j[None, :], head, score, C, TERMS)
     if MASKED:
         s = tl.where(
             tile_masks.visible(lo, hi, n, mask, batch, n_keys, C.BN, RUNS), s, float("-inf")
         )
-    p, m, l, alpha = tiles.softmax_step(s, m, l, qk_scale, C.FOLD)
+    p, m, l, alpha = tiles.softmax_step(s, m, l, to_log2)
+    if C.DROPOUT:
+        p = tl.where(dropout.kept(i[:, None], j[None, :], batch * n_heads + head, drop), p, 0.0)
     v = tiles.load(values, 0, n, C.BN, C.DV, C.V0, C.V1, C.TMA, MASKED)
     acc = tiles.add_product(tiles.scaled(acc, alpha[:, None]), p, v, C)
     return m, l, acc
@@ -48,9 +55,12 @@ def forward_step(
 def forward_kernel(
     Q, K, V, O, LSE,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
-    n_batch, n_heads, group, n_queries, n_keys, wave, qk_scale,
+    n_batch, n_heads, group, n_queries, n_keys, wave, to_log2,
     left, right, offset, bounds, bounds_batch, bounds_row, runs, runs_batch,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, RUNS: tl.constexpr, C: tl.constexpr,
+    factor, cap, sinks, terms, bias_batch, bias_head, bias_row, table_row,
+    seed, threshold, keep_scale,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, RUNS: tl.constexpr, TERMS: tl.constexpr,
+    CODE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries. Strides come in units of C.UNIT elements, so that alignment is known."""
     mask = (left, right, offset, bounds, bounds_batch, bounds_row, runs, runs_batch)
@@ -61,6 +71,9 @@ def forward_kernel(
     b = tl.cast(batch, tl.int64)
     h = tl.cast(bh % n_heads, tl.int64)
     start = tile * C.BM
+    score = (factor, cap, batch, n_queries, n_keys, terms,
+             bias_batch, bias_head, bias_row, table_row)  # fmt: skip
+    drop = (seed, threshold, keep_scale)
     t0, t1, t2, t3 = KEYS(mask, batch, start, n_queries, n_keys, C.BM, C.BN, RUNS)
 
     Q += (b * q_batch + h * q_head) * C.UNIT
@@ -75,22 +88,27 @@ def forward_kernel(
     values = tiles.matrices(V, v_row, v_row, 1, n_keys, C.BN, C.DV, C.V0, C.V1, C.TMA)
 
     q = tiles.load(queries, 0, start, C.BM, C.D, C.D0, C.D1, C.TMA, True)
-    m, l = tiles.softmax_start(C.BM)
+    m, l = tiles.softmax_start(sinks, h, C.BM)
     acc = tiles.zeros(C.BM, C.V0, C.V1)
+    i = start + tl.arange(0, C.BM)
+    inside = tl.minimum(i, n_queries - 1)
     for n in tl.range(t1 * C.BN, t2 * C.BN, C.BN):
         m, l, acc = forward_step(
-            m, l, acc, q, keys, values, n, None, None, mask, batch, n_keys, qk_scale, RUNS, C, False
-        )
-    i = start + tl.arange(0, C.BM)
+            m, l, acc, q, keys, values, inside, n, None, None, mask, batch, h, n_heads, n_keys,
+            to_log2, score, drop, RUNS, TERMS, C, False,
+        )  # fmt: skip
     lo, hi = ROWS(mask, batch, i, n_queries, n_keys)
     for t in tl.range(0, t1 - t0 + t3 - t2):
         n = tile_masks.edge_tile(t, t0, t1, t2) * C.BN
         m, l, acc = forward_step(
-            m, l, acc, q, keys, values, n, lo, hi, mask, batch, n_keys, qk_scale, RUNS, C, True
-        )
+            m, l, acc, q, keys, values, inside, n, lo, hi, mask, batch, h, n_heads, n_keys,
+            to_log2, score, drop, RUNS, TERMS, C, True,
+        )  # fmt: skip
 
     # A row that sees no key has l = 0: it gives 0 and -inf.
     inverse = tl.where(l > 0, 1.0 / l, 0.0)
+    if C.DROPOUT:
+        inverse = inverse * keep_scale
     lse = (m + tl.math.log2(l)) * LN2
     tl.store(LSE + tl.cast(bh, tl.int64) * n_queries + i, lse, mask=i < n_queries)
     o = tiles.scaled(acc, inverse[:, None])
@@ -98,7 +116,7 @@ def forward_kernel(
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T * scale) v and the natural logarithm of the softmax's sums.
+    """softmax(cap(q k^T * scale) + terms) v and the natural logarithm of the softmax's sums.
 
     Returns:
         Output (B, H, N, Dv), laid out as (B, N, H, Dv), and lse, fp32 (B, H, N).
@@ -116,6 +134,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     tile, fixed = call.tuned("forward")
     n_tiles = triton.cdiv(n_queries, tile.BM)
     with launching.on(q.device):
+        added = terms.terms_of(options, n_queries, n_keys, q.dtype)
         launching.launch(
             forward_kernel,
             n_tiles * n_batch * n_heads,
@@ -124,8 +143,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
             *call.strides(q, k, v, out),
             *call.sizes,
             call.wave(n_tiles, n_keys, n_heads // kv_heads),
-            call.scale * launching.LOG2E,
+            call.to_log2,
             *call.mask.arguments,
-            *(call.mask.rows, call.mask.keys, call.mask.has_runs, fixed),
+            *(*call.cap, options.sinks, added.pointers, *added.numbers, *call.drop),
+            *(call.mask.rows, call.mask.keys, call.mask.has_runs),
+            *(added.functions, added.code, fixed),
         )
     return out, lse

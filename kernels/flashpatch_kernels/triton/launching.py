@@ -13,12 +13,14 @@ import torch
 import triton
 from torch import Tensor
 
-from flashpatch_kernels import masks, tuning
+from flashpatch_kernels import dropout, masks, tuning
 from flashpatch_kernels.options import Options
 from flashpatch_kernels.triton import tile_masks
 from flashpatch_kernels.tuning import Tile
 
 INTERPRET = triton.knobs.runtime.interpret
+# Whether kernels may use NVIDIA's own instructions.
+NVIDIA = not INTERPRET and torch.version.hip is None
 LOG2E = math.log2(math.e)
 
 # Beyond any length, yet far from overflow when positions are added to it.
@@ -29,8 +31,9 @@ class Constants(NamedTuple):
     """What a kernel is compiled for, beside types.
 
     D, DV are head sizes, D0 + D1 and V0 + V1 the chunks that cover them; UNIT is the number of
-    elements that strides are given in; FOLD as in `tiles.softmax_step`; PRECISION as in
-    `tiles.dot`.
+    elements that strides are given in; PRECISION as in `tiles.dot`; PLAIN says that a score is its
+    product times a positive factor, CAP that it is capped, with an APPROXIMATE hyperbolic tangent
+    or a good one; DROPOUT that weights are dropped.
     """
 
     D: int
@@ -43,8 +46,11 @@ class Constants(NamedTuple):
     BN: int
     UNIT: int
     TMA: bool
-    FOLD: bool
     PRECISION: str
+    PLAIN: bool
+    CAP: bool
+    APPROXIMATE: bool
+    DROPOUT: bool
 
 
 class MaskCode(NamedTuple):
@@ -159,8 +165,8 @@ class Setup:
     sizes: tuple[int, int, int, int, int]
     head_sizes: tuple[int, int]
     unit: int
-    scale: float
     mask: MaskCode
+    options: Options
 
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor, others: Iterable[Tensor], options: Options) -> "Setup":
@@ -177,19 +183,53 @@ class Setup:
             (n_batch, n_heads, n_heads // k.shape[1], n_queries, k.shape[2]),
             (d, v.shape[3]),
             unit,
-            float(options.scale),
             mask_code(options.mask),
+            options,
         )
+
+    @property
+    def question(self) -> tuning.Question:
+        """What decides about tiles."""
+        o = self.options
+        terms = o.table is not None or o.bias is not None or o.dropout > 0
+        size = max(self.head_sizes)
+        return tuning.Question(self.architecture, self.dtype, size, self.unit > 1, terms)
+
+    @property
+    def plain(self) -> bool:
+        """Whether a score is its product times a positive factor."""
+        o = self.options
+        return o.scale > 0 and o.softcap is None and o.table is None and o.bias is None
+
+    @property
+    def to_log2(self) -> float:
+        """The factor from scores to base 2, in which a plain score's own is folded."""
+        return LOG2E * (self.options.scale if self.plain else 1.0)
+
+    @property
+    def cap(self) -> tuple[float, float]:
+        """The factor of the products, which a cap divides, and the cap."""
+        cap = float(self.options.softcap or 1.0)
+        return self.options.scale / cap, cap
+
+    @property
+    def drop(self) -> tuple[Tensor | None, int, float]:
+        """Seed, threshold and factor of dropout."""
+        p = self.options.dropout
+        if not p:
+            return None, 0, 1.0
+        probability = dropout.keep_probability(p)
+        return self.options.seed, dropout.threshold(p), 1 / probability if probability else 0.0
 
     def tuned(self, name: tuning.Pass) -> tuple[Tile, Constants]:
         """The tile of a pass, and what it is compiled for."""
         d, dv = self.head_sizes
-        aligned = self.unit > 1
-        tile = tuning.tile(self.architecture, self.dtype, max(d, dv), name, aligned=aligned)
+        tile = tuning.tile(self.question, name)
         fixed = Constants(
             *(d, dv, *chunks(d), *chunks(dv)),
-            *(tile.BM, tile.BN, self.unit, tile.tma and aligned),
-            *(self.scale > 0, precision(self.dtype)),
+            *(tile.BM, tile.BN, self.unit, tile.tma and self.unit > 1),
+            *(precision(self.dtype), self.plain, self.options.softcap is not None),
+            *(self.dtype != torch.float32 and NVIDIA, bool(self.options.dropout)),
         )
         return tile, fixed
 
@@ -213,11 +253,7 @@ class Setup:
         """The passes that give the gradients of k and v, as far as they are needed."""
         if not {"k", "v"} <= needs:
             return ("dk",) if "k" in needs else ("dv",) if "v" in needs else ()
-        aligned = self.unit > 1
-        joint = tuning.has_tile(
-            self.architecture, self.dtype, max(self.head_sizes), "dkdv", aligned=aligned
-        )
-        return ("dkdv",) if joint else ("dk", "dv")
+        return ("dkdv",) if tuning.has_tile(self.question, "dkdv") else ("dk", "dv")
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

@@ -8,6 +8,10 @@ W0 and W1 (0 where one chunk is enough).
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+# A score below this, in base 2, hides its key, as -inf does.
+LOWEST = tl.constexpr(-1.0e38)
+
 
 @triton.jit
 def place(pid, n_tiles, n_heads, wave, DESCENDING: tl.constexpr):
@@ -173,32 +177,35 @@ def kept(acc, condition):
 
 
 @triton.jit
-def softmax_start(ROWS: tl.constexpr):
-    """The running maximum and sum before the first key.
+def softmax_start(sinks, head, ROWS: tl.constexpr):
+    """The running maximum and sum before the first key: those of the head's sink, if it has one.
 
-    The maximum starts at the lowest finite number, not at -inf, so that a row that sees nothing
-    never meets -inf - (-inf): its weights are 2^(-inf) = 0 and its sum stays 0.
+    Without, the maximum starts at a finite number below that of any key that is seen, not at -inf,
+    so that a row that sees nothing never meets -inf - (-inf): its weights are 2^(-inf) = 0 and its
+    sum stays 0.
     """
-    return tl.full([ROWS], -3.0e38, tl.float32), tl.full([ROWS], 0.0, tl.float32)
+    m = tl.full([ROWS], LOWEST, tl.float32)
+    l = tl.full([ROWS], 0.0, tl.float32)
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+        m = tl.maximum(m, sink)
+        l = tl.math.exp2(sink - m)
+    return m, l
 
 
 @triton.jit
-def softmax_step(s, m, l, qk_scale, FOLD: tl.constexpr):
+def softmax_step(s, m, l, to_log2):
     """The weights of one tile of scores, and the running maximum and sum with them.
 
-    All in base 2: p = 2^(s * qk_scale - m). With FOLD the scores come unscaled (qk_scale is
-    positive) and the factor costs nothing; without, they come scaled. Masked scores are -inf.
+    All in base 2: p = 2^(s * to_log2 - m); the factor is positive and costs nothing. Masked scores
+    are -inf.
 
     Returns:
         p [BM, BN], m [BM], l [BM], and the factor [BM] that rescales what was accumulated.
 
     Source: Dao, FlashAttention-2 (2023), Algorithm 1, lines 9 and 10.
     """
-    top = tl.max(s, 1)
-    if FOLD:
-        top = top * qk_scale
-        s = s * qk_scale
-    m_new = tl.maximum(m, top)
-    p = tl.math.exp2(s - m_new[:, None])
+    m_new = tl.maximum(m, tl.max(s, 1) * to_log2)
+    p = tl.math.exp2(s * to_log2 - m_new[:, None])
     alpha = tl.math.exp2(m - m_new)
     return p, m_new, l * alpha + tl.sum(p, 1), alpha

@@ -1,0 +1,75 @@
+"""What every kernel of the backward pass reads of a query: its lse in base 2, and its delta."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashpatch_kernels.triton import launching, tiles
+from flashpatch_kernels.triton.compiling import kernel
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@kernel
+def stats_kernel(
+    O, DO, LSE, DLSE, STATS,
+    o_batch, o_head, o_row, do_batch, do_head, do_row, n_heads, n_queries, n_rows,
+    C: tl.constexpr,
+):  # fmt: skip
+    """Per query what the other two read: STATS[0] = lse in base 2, STATS[1] = delta.
+
+    A query that sees no key has lse = -inf; it becomes +inf, so that its p is 2^(-inf) = 0.
+    """
+    n_tiles = tl.cdiv(n_queries, C.BM)
+    bh = tl.program_id(0) // n_tiles
+    start = (tl.program_id(0) % n_tiles) * C.BM
+    b = tl.cast(bh // n_heads, tl.int64)
+    h = tl.cast(bh % n_heads, tl.int64)
+    i = start + tl.arange(0, C.BM)
+    at = tl.cast(bh, tl.int64) * n_queries + i
+    O += (b * o_batch + h * o_head) * C.UNIT
+    DO += (b * do_batch + h * do_head) * C.UNIT
+    os = tiles.matrices(O, 0, o_row * C.UNIT, 1, n_queries, C.BM, C.DV, C.V0, C.V1, False)
+    dos = tiles.matrices(DO, 0, do_row * C.UNIT, 1, n_queries, C.BM, C.DV, C.V0, C.V1, False)
+    o = tiles.load(os, 0, start, C.BM, C.DV, C.V0, C.V1, False, True)
+    do = tiles.load(dos, 0, start, C.BM, C.DV, C.V0, C.V1, False, True)
+    delta = tl.sum(o[0].to(tl.float32) * do[0].to(tl.float32), 1)
+    if C.V1 > 0:
+        delta += tl.sum(o[1].to(tl.float32) * do[1].to(tl.float32), 1)
+    if DLSE is not None:
+        delta -= tl.load(DLSE + at, mask=i < n_queries, other=0.0)
+    lse = tl.load(LSE + at, mask=i < n_queries, other=0.0) * LOG2E
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    tl.store(STATS + at, lse, mask=i < n_queries)
+    tl.store(STATS + n_rows + at, delta, mask=i < n_queries)
+
+
+@triton.jit
+def load_stats(stats, n_rows, head, start, n_queries, BM: tl.constexpr, EDGE: tl.constexpr):
+    """Base-2 lse and delta of the queries start .. start + BM; beyond the last, p becomes 0."""
+    i = start + tl.arange(0, BM)
+    at = stats + tl.cast(head, tl.int64) * n_queries + i
+    if EDGE:
+        lse = tl.load(at, mask=i < n_queries, other=float("inf"))
+        return lse, tl.load(at + n_rows, mask=i < n_queries, other=0.0)
+    else:
+        return tl.load(at), tl.load(at + n_rows)
+
+
+def compute_stats(
+    call: launching.Setup, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None
+) -> Tensor:
+    """Base-2 lse and delta of every query: fp32 [2, B, H, N]."""
+    n_batch, n_heads, _, n_queries, _ = call.sizes
+    tile, fixed = call.tuned("stats")
+    stats = torch.empty(2, *lse.shape, dtype=torch.float32, device=lse.device)
+    launching.launch(
+        stats_kernel,
+        triton.cdiv(n_queries, tile.BM) * n_batch * n_heads,
+        tile,
+        *(out, dout, lse.contiguous(), None if dlse is None else dlse.contiguous(), stats),
+        *call.strides(out, dout),
+        *(n_heads, n_queries, lse.numel(), fixed),
+    )
+    return stats
