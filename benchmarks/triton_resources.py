@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flashpatch_kernels import tuning
-from flashpatch_kernels.masks import Band, Intervals, Mask
+from flashpatch_kernels.masks import Band, Boolean, Intervals, Mask
 from flashpatch_kernels.options import Options
 from flashpatch_kernels.triton import backward, forward, launching
 from flashpatch_kernels.tuning import Tile
@@ -34,6 +34,8 @@ TYPES = {
     torch.float32: "fp32",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.int8: "i8",
+    torch.uint8: "u8",
 }
 
 
@@ -69,7 +71,13 @@ def masks(n: int, device: str = "meta") -> dict[str, Mask]:
     """One mask for every variant of the kernels."""
     bounds = torch.empty(2, n, 2, dtype=torch.int32, device=device)
     runs = torch.empty(2, n, dtype=torch.int32, device=device)
-    return {"band": Band(), "intervals": Intervals(bounds), "runs": Intervals(bounds, runs)}
+    allowed = torch.empty(2, 1, n, n, dtype=torch.bool, device=device)
+    return {
+        "band": Band(),
+        "intervals": Intervals(bounds),
+        "runs": Intervals(bounds, runs),
+        "boolean": Boolean(allowed),
+    }
 
 
 def terms(heads: int, n: int, dtype: torch.dtype) -> dict[str, dict[str, Any]]:

@@ -68,8 +68,8 @@ TABLE: dict[tuple[str, str, Pass], tuple[tuple[int, Tile], ...]] = {
         (192, Tile(128, 64, 8, 2, tma=True)),
         (256, Tile(128, 32, 8, 3, tma=True)),
     ),
-    # Beside a table, a bias or dropout, which want registers and memory of their own. Chosen by
-    # compiling, not measured.
+    # Beside a table, a bias, dropout or a boolean mask, which want registers and memory of their
+    # own. Chosen by compiling, not measured.
     ("sm90", "half terms", "forward"): (
         (64, Tile(128, 64, 8, 3, tma=True)),
         (128, Tile(64, 128, 8, 2, tma=True)),
@@ -131,7 +131,7 @@ class Question(NamedTuple):
         size: Head size, the larger of D and Dv.
         aligned: Every row starts at a multiple of 16 bytes. If not, loads are narrow, need many
             registers, and take the small tiles.
-        terms: A table, a bias or dropout takes part.
+        terms: A table, a bias, dropout or a boolean mask takes part.
     """
 
     arch: str

@@ -1,4 +1,4 @@
-"""The engines that are PyTorch, on a GPU: exactness, memory, and that nothing waits for it."""
+"""The engines on a GPU: terms of scores, exactness, memory, and that nothing waits for it."""
 
 from dataclasses import replace
 
@@ -32,6 +32,45 @@ def test_tiled_is_as_exact_as_pytorch(sample, check, mask_name, terms, dtype):
     rate = 0.3 if terms else 0.0
     one = sample(mask_name, kv_heads=2, terms=terms, dropout=rate, dtype=dtype)
     check(one.on("cuda"), lambda *call: run(*call, "tiled"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("size", [16, 64, 96, 128, 256])
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"terms": ("softcap",)},
+        {"terms": ("table",)},
+        {"terms": ("sinks",)},
+        {"dropout": 0.3},
+        {"terms": TERMS, "dropout": 0.3},
+        *(
+            {"terms": ("bias",), "bias_shape": shape}
+            for shape in ((2, 4, 300), (1, 4, 300), (2, 1, 300), (1, 1, 300), (2, 4, 1), (1, 1, 1))
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mask", ["full", "causal", "causal keys", "boolean per head"])
+def test_triton_computes_every_term(sample, check, call, mask, size, dtype):
+    one = sample(mask, kv_heads=2, dtype=dtype, n=300, m=333, d=size, **call)
+    check(one.on("cuda"), lambda *call: run(*call, "triton"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_triton_computes_every_mask(sample, check, mask_name, kv_heads, dtype):
+    one = sample(mask_name, kv_heads=kv_heads, dtype=dtype, n=300, m=333, d=64)
+    check(one.on("cuda"), lambda *call: run(*call, "triton"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_the_terms_gradients_have_the_same_bits_every_time(sample, dtype):
+    one = sample("causal", terms=TERMS, dropout=0.3, dtype=dtype, n=777, m=777, d=64).on("cuda")
+    first = one.answer(lambda *call: run(*call, "triton"))
+    for _ in range(10):
+        again = one.answer(lambda *call: run(*call, "triton"))
+        assert all(torch.equal(again[name], x) for name, x in first.items())
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])

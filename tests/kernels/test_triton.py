@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from flashpatch_kernels import reference
-from flashpatch_kernels.masks import Band, Intervals, documents, intersect, key_mask
+from flashpatch_kernels.masks import (
+    Band,
+    Boolean,
+    Intervals,
+    documents,
+    intersect,
+    key_mask,
+)
 from flashpatch_kernels.options import Options
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -87,6 +94,17 @@ def two_packings(n):
     return Intervals(torch.stack((lo, hi), dim=-1).int())
 
 
+def boolean(n, m, heads=1, rows=None):
+    """Any pairs, with tiles that are empty and tiles that are full, and a row that sees nothing."""
+    generator = torch.Generator().manual_seed(1)
+    seen = torch.rand(2, heads, n if rows is None else rows, m, generator=generator) > 0.6
+    if rows is None:
+        seen[:, :, : n // 2, m // 3 :] = False
+        seen[:, :, n // 2 :, m // 2 :] = True
+        seen[1, :, 1] = False
+    return Boolean(seen)
+
+
 MASKS = {
     "full": lambda n, m: Band(),
     "causal": lambda n, m: Band(right=0, offset=m - n),
@@ -97,6 +115,8 @@ MASKS = {
     "padding, causal": lambda n, m: intersect(padding(m), Band(right=0, offset=m - n), n, m, "cpu"),
     "documents": lambda n, m: packed(n),
     "two packings": lambda n, m: two_packings(n),
+    "boolean": boolean,
+    "boolean of one row": lambda n, m: boolean(n, m, rows=1),
 }
 
 
@@ -204,6 +224,18 @@ def test_all_terms_at_once(engine, dtype):
 @pytest.mark.parametrize("mask", ["causal", "padding, causal"])
 def test_query_heads_share_key_heads(engine, mask, group):
     check(engine, *case(mask, heads=4, group=group, n=40, m=40))
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_heads_with_masks_of_their_own_share_key_heads(engine, group):
+    q, k, v, dout, dlse, options = case("full", heads=4, group=group, n=70, m=90)
+    options = replace(options, mask=boolean(70, 90, heads=4))
+    check(engine, q, k, v, dout, dlse, options)
+
+
+@pytest.mark.parametrize("term", ["table", "bias", "bias of keys alone"])
+def test_terms_under_a_boolean_mask(engine, term):
+    check(engine, *case("boolean", heads=2, terms=[term]))
 
 
 @pytest.mark.parametrize("sizes", [(1, 40), (40, 1), (33, 65), (65, 33)])

@@ -22,6 +22,7 @@ HALF = [{"size": size, "dtype": "bfloat16"} for size in (64, 96, 128, 256)]
 MASKED = [
     {"size": 128, "dtype": "bfloat16", "mask": "intervals"},
     {"size": 64, "dtype": "float16", "mask": "runs", "group": 4},
+    {"size": 64, "dtype": "bfloat16", "mask": "boolean"},
 ]
 OTHERS = [
     {"size": 64, "dtype": "bfloat16", "aligned": False},

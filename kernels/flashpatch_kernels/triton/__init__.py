@@ -1,7 +1,8 @@
 """Engine `triton`: forward and backward as Triton kernels, for any GPU that Triton knows.
 
-Two functions, with the contract that every engine has; the mask may be a Band or Intervals. What
-makes a score of a product is in `scores` and `terms`, the gradients of that in `term_gradients`.
+Two functions, with the contract that every engine has. What makes a score of a product is in
+`scores` and `terms`, the gradients of that in `term_gradients`; masks are in `tile_masks` and
+`tile_lists`.
 """
 
 from flashpatch_kernels.triton.backward_pass import backward

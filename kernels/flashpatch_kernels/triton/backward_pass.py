@@ -21,19 +21,26 @@ from torch import Tensor
 
 from flashpatch_kernels import tuning
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import dropout, launching, scores, terms, tile_masks, tiles
+from flashpatch_kernels.triton import (
+    dropout,
+    launching,
+    scores,
+    terms,
+    tile_lists,
+    tile_masks,
+    tiles,
+)
 from flashpatch_kernels.triton.compiling import kernel
 from flashpatch_kernels.triton.stats import compute_stats, load_stats
 from flashpatch_kernels.triton.term_gradients import term_gradients
-from flashpatch_kernels.tuning import Tile
 
 
 @triton.jit
 def dkdv_step(
     dk, dv, k, v, queries, douts, stats, n_rows, head, first_head, n_heads, m, n, mask, batch,
     n_queries, n_keys, to_log2, score, drop,
-    ROWS: tl.constexpr, PART: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr,
-    MASKED: tl.constexpr,
+    ROWS: tl.constexpr, SEEN: tl.constexpr, PART: tl.constexpr, TERMS: tl.constexpr,
+    C: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds what the queries m .. m + BM of one head give to the keys n .. n + BN."""
     q = tiles.load(queries, head, m, C.BM, C.D, C.D0, C.D1, C.TMA, MASKED)
@@ -43,18 +50,21 @@ def dkdv_step(
     if PART != "dv":
         dpt = tiles.inner(v, do, C)  # [BN, BM]
     i = m + tl.arange(0, C.BM)
-    j = n + tl.arange(0, C.BN)
-    inside = tl.minimum(i, n_queries - 1) if MASKED else i
+    j = (n + tl.arange(0, C.BN))[:, None]
+    inside = (tl.minimum(i, n_queries - 1) if MASKED else i)[None, :]
     h = first_head + head
     if not C.PLAIN:
         at = tl.minimum(j, n_keys - 1)
-        st, tanh = scores.scores(st, inside[None, :], at[:, None], h, score, C, TERMS)
+        st, tanh = scores.scores(st, inside, at, h, score, C, TERMS)
     pt = tl.math.exp2(st * to_log2 - lse[None, :])
     if MASKED:
         lo, hi = ROWS(mask, batch, i, n_queries, n_keys)
-        pt = tl.where((lo[None, :] <= j[:, None]) & (j[:, None] < hi[None, :]), pt, 0.0)
+        # Keys hidden from everybody get their gradients' zeros at the end.
+        i = i[None, :]
+        seen = SEEN(lo[None, :], hi[None, :], i, j, mask, batch, h, n_queries, n_keys, False)
+        pt = tl.where(seen, pt, 0.0)
     if C.DROPOUT:
-        kept = dropout.kept(inside[None, :], j[:, None], batch * n_heads + h, drop)
+        kept = dropout.kept(inside, j, batch * n_heads + h, drop)
     if PART != "dk":
         if C.DROPOUT:
             dv = tiles.add_product(dv, tl.where(kept, pt, 0.0), do, C)
@@ -76,10 +86,11 @@ def dkdv_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     do_batch, do_head, do_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     n_batch, n_heads, group, n_queries, n_keys, wave, scale, to_log2,
-    left, right, offset, bounds, bounds_batch, bounds_row, runs, runs_batch, query_tiles,
-    tiles_batch,
+    left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
+    tiles_of, tiles_batch, tiles_head,
     factor, cap, terms, bias_batch, bias_head, bias_row, table_row, seed, threshold, keep_scale,
-    ROWS: tl.constexpr, QUERIES: tl.constexpr, RUNS: tl.constexpr, GROUPED: tl.constexpr,
+    ROWS: tl.constexpr, SEEN: tl.constexpr, QUERIES: tl.constexpr, AT: tl.constexpr,
+    RUNS: tl.constexpr, GROUPED: tl.constexpr,
     PART: tl.constexpr, TERMS: tl.constexpr, CODE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of one key head, over the query heads that share it and their queries.
@@ -87,8 +98,8 @@ def dkdv_kernel(
     PART is "dkdv", or "dk" or "dv" to compute one alone: both together need too many registers for
     large head sizes.
     """
-    mask = (left, right, offset, bounds, bounds_batch, bounds_row, runs, runs_batch,
-            query_tiles, tiles_batch)  # fmt: skip
+    mask = (left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
+            tiles_of, tiles_batch, tiles_head)  # fmt: skip
     kv_heads = n_heads // group
     tile, bg = tiles.place(
         tl.program_id(0), tl.cdiv(n_keys, C.BN), n_batch * kv_heads, wave, DESCENDING=False
@@ -101,7 +112,7 @@ def dkdv_kernel(
     score = (factor, cap, batch, n_queries, n_keys, terms,
              bias_batch, bias_head, bias_row, table_row)  # fmt: skip
     drop = (seed, threshold, keep_scale)
-    t0, t1, t2, t3 = QUERIES(mask, batch, n, n_queries, n_keys, C.BM, C.BN)
+    t0, t1, t2, t3 = QUERIES(mask, batch, g, n, n_queries, n_keys, C.BM, C.BN)
 
     Q += (b * q_batch + h * q_head) * C.UNIT
     K += (b * k_batch + g * k_head) * C.UNIT
@@ -123,21 +134,24 @@ def dkdv_kernel(
     dk = tiles.zeros(C.BN, C.D0, C.D1)
     dv = tiles.zeros(C.BN, C.V0, C.V1)
     # One loop over (head, tile) pairs: a group of heads costs no second loop.
+    n_tiles = tl.cdiv(n_queries, C.BM)
     whole = t2 - t1
     part = t1 - t0 + t3 - t2
     for t in tl.range(0, whole * group if GROUPED else whole):
         head = t // whole if GROUPED else 0
-        m = (t1 + (t % whole if GROUPED else t)) * C.BM
+        number = t1 + (t % whole if GROUPED else t)
+        m = AT(mask, batch, g, tile, number, n_tiles) * C.BM
         dk, dv = dkdv_step(
             dk, dv, k, v, queries, douts, STATS, n_rows, head, h, n_heads, m, n, mask, batch,
-            n_queries, n_keys, to_log2, score, drop, ROWS, PART, TERMS, C, False,
+            n_queries, n_keys, to_log2, score, drop, ROWS, SEEN, PART, TERMS, C, False,
         )  # fmt: skip
     for t in tl.range(0, part * group if GROUPED else part):
         head = t // part if GROUPED else 0
-        m = tile_masks.edge_tile(t % part if GROUPED else t, t0, t1, t2) * C.BM
+        number = tile_masks.edge_tile(t % part if GROUPED else t, t0, t1, t2)
+        m = AT(mask, batch, g, tile, number, n_tiles) * C.BM
         dk, dv = dkdv_step(
             dk, dv, k, v, queries, douts, STATS, n_rows, head, h, n_heads, m, n, mask, batch,
-            n_queries, n_keys, to_log2, score, drop, ROWS, PART, TERMS, C, True,
+            n_queries, n_keys, to_log2, score, drop, ROWS, SEEN, PART, TERMS, C, True,
         )  # fmt: skip
 
     # Nobody sees a hidden key, though no tile tested it.
@@ -158,25 +172,27 @@ def dkdv_kernel(
 
 @triton.jit
 def dq_step(
-    dq, q, do, lse, delta, keys, values, i, n, lo, hi, mask, batch, head, n_heads, n_keys, to_log2,
-    score, drop,
-    RUNS: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr,
+    dq, q, do, lse, delta, keys, values, i, n, lo, hi, mask, batch, head, n_heads, n_queries,
+    n_keys, to_log2, score, drop,
+    SEEN: tl.constexpr, RUNS: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys n .. n + BN give."""
     k = tiles.load(keys, 0, n, C.BN, C.D, C.D0, C.D1, C.TMA, MASKED)
     s = tiles.inner(q, k, C)  # [BM, BN]
-    j = n + tl.arange(0, C.BN)
-    if MASKED:
-        j = tl.minimum(j, n_keys - 1)
+    i = i[:, None]
+    j = (n + tl.arange(0, C.BN))[None, :]
+    inside = tl.minimum(j, n_keys - 1) if MASKED else j
     if not C.PLAIN:
-        s, tanh = scores.scores(s, i[:, None], j[None, :], head, score, C, TERMS)
+        s, tanh = scores.scores(s, i, inside, head, score, C, TERMS)
     p = tl.math.exp2(s * to_log2 - lse[:, None])
     if MASKED:
-        p = tl.where(tile_masks.visible(lo, hi, n, mask, batch, n_keys, C.BN, RUNS), p, 0.0)
+        seen = SEEN(lo[:, None], hi[:, None], i, j, mask, batch, head, n_queries, n_keys, RUNS)
+        p = tl.where(seen, p, 0.0)
     v = tiles.load(values, 0, n, C.BN, C.DV, C.V0, C.V1, C.TMA, MASKED)
     dp = tiles.inner(do, v, C)  # [BM, BN]
     if C.DROPOUT:
-        kept = dropout.kept(i[:, None], j[None, :], batch * n_heads + head, drop)
+        kept = dropout.kept(i, j, batch * n_heads + head, drop)
         dp = tl.where(kept, dp * drop[2], 0.0)
     ds = p * (dp - delta[:, None])
     if C.CAP:
@@ -190,13 +206,16 @@ def dq_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     do_batch, do_head, do_row, dq_batch, dq_head, dq_row,
     n_batch, n_heads, group, n_queries, n_keys, wave, scale, to_log2,
-    left, right, offset, bounds, bounds_batch, bounds_row, runs, runs_batch,
+    left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
+    tiles_of, tiles_batch, tiles_head,
     factor, cap, terms, bias_batch, bias_head, bias_row, table_row, seed, threshold, keep_scale,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, RUNS: tl.constexpr, TERMS: tl.constexpr,
+    ROWS: tl.constexpr, SEEN: tl.constexpr, KEYS: tl.constexpr, AT: tl.constexpr,
+    RUNS: tl.constexpr, TERMS: tl.constexpr,
     CODE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head, over the keys that it sees."""
-    mask = (left, right, offset, bounds, bounds_batch, bounds_row, runs, runs_batch)
+    mask = (left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
+            tiles_of, tiles_batch, tiles_head)  # fmt: skip
     tile, bh = tiles.place(
         tl.program_id(0), tl.cdiv(n_queries, C.BM), n_batch * n_heads, wave, DESCENDING=True
     )
@@ -207,7 +226,7 @@ def dq_kernel(
     score = (factor, cap, batch, n_queries, n_keys, terms,
              bias_batch, bias_head, bias_row, table_row)  # fmt: skip
     drop = (seed, threshold, keep_scale)
-    t0, t1, t2, t3 = KEYS(mask, batch, start, n_queries, n_keys, C.BM, C.BN, RUNS)
+    t0, t1, t2, t3 = KEYS(mask, batch, h, start, n_queries, n_keys, C.BM, C.BN, RUNS)
 
     Q += (b * q_batch + h * q_head) * C.UNIT
     K += (b * k_batch + h // group * k_head) * C.UNIT
@@ -226,17 +245,19 @@ def dq_kernel(
     dq = tiles.zeros(C.BM, C.D0, C.D1)
     i = start + tl.arange(0, C.BM)
     inside = tl.minimum(i, n_queries - 1)
-    for n in tl.range(t1 * C.BN, t2 * C.BN, C.BN):
+    n_tiles = tl.cdiv(n_keys, C.BN)
+    for t in tl.range(t1, t2):
+        n = AT(mask, batch, h, tile, t, n_tiles) * C.BN
         dq = dq_step(
             dq, q, do, lse, delta, keys, values, inside, n, None, None, mask, batch, h, n_heads,
-            n_keys, to_log2, score, drop, RUNS, TERMS, C, False,
+            n_queries, n_keys, to_log2, score, drop, SEEN, RUNS, TERMS, C, False,
         )  # fmt: skip
     lo, hi = ROWS(mask, batch, i, n_queries, n_keys)
     for t in tl.range(0, t1 - t0 + t3 - t2):
-        n = tile_masks.edge_tile(t, t0, t1, t2) * C.BN
+        n = AT(mask, batch, h, tile, tile_masks.edge_tile(t, t0, t1, t2), n_tiles) * C.BN
         dq = dq_step(
             dq, q, do, lse, delta, keys, values, inside, n, lo, hi, mask, batch, h, n_heads,
-            n_keys, to_log2, score, drop, RUNS, TERMS, C, True,
+            n_queries, n_keys, to_log2, score, drop, SEEN, RUNS, TERMS, C, True,
         )  # fmt: skip
     DQ += (b * dq_batch + h * dq_head) * C.UNIT
     dq = tiles.scaled(dq, scale)
@@ -299,7 +320,7 @@ def compute_dkdv(
     # What a pass does not write it does not touch: any tensor may stand in for it.
     dk = inputs[1] if dk is None else dk
     dv = inputs[2] if dv is None else dv
-    seen = query_tiles(call.mask, tile, n_queries, n_keys)
+    lists = tile_lists.query_lists(call.mask, tile, group, n_queries, n_keys)
     n_tiles = triton.cdiv(n_keys, tile.BN)
     launching.launch(
         dkdv_kernel,
@@ -310,9 +331,10 @@ def compute_dkdv(
         *call.sizes,
         call.wave(n_tiles, n_queries * group, 1),
         *(float(call.options.scale), call.to_log2),
-        *(*call.mask.arguments, seen, 0 if seen is None else launching.batch_stride(seen)),
+        *call.mask.arguments(lists),
         *(*call.cap, added.transposed_pointers, *added.numbers, *call.drop),
-        *(call.mask.rows, call.mask.queries, call.mask.has_runs, group > 1, name),
+        *(call.mask.rows, call.mask.seen, call.mask.queries, call.mask.at, call.mask.has_runs),
+        *(group > 1, name),
         *(added.transposed, added.code, fixed),
     )
 
@@ -337,25 +359,8 @@ def compute_dq(
         *call.sizes,
         call.wave(n_tiles, n_keys, group),
         *(float(call.options.scale), call.to_log2),
-        *call.mask.arguments,
+        *call.mask.arguments(tile_lists.key_lists(call.mask, tile, n_queries, n_keys)),
         *(*call.cap, added.pointers, *added.numbers, *call.drop),
-        *(call.mask.rows, call.mask.keys, call.mask.has_runs),
+        *(call.mask.rows, call.mask.seen, call.mask.keys, call.mask.at, call.mask.has_runs),
         *(added.functions, added.code, fixed),
     )
-
-
-def query_tiles(mask: launching.MaskCode, tile: Tile, n_queries: int, n_keys: int) -> Tensor | None:
-    """The query tiles of every key tile under Intervals: int32 [1|B, key tiles, 4]."""
-    bounds, _, _, runs, _ = mask.intervals
-    if bounds is None:
-        return None
-    n_key_tiles = triton.cdiv(n_keys, tile.BN)
-    seen = bounds.new_empty(mask.n_masks, n_key_tiles, 4)
-    launching.launch(
-        tile_masks.query_tiles_kernel,
-        mask.n_masks * n_key_tiles,
-        Tile(tile.BM, tile.BN, 4, 1),
-        *(seen, *mask.intervals, n_queries, n_keys),
-        *(tile.BM, tile.BN, 2048 // tile.BM, runs is not None),
-    )
-    return seen

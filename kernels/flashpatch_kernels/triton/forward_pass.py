@@ -19,7 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import dropout, launching, scores, terms, tile_masks, tiles
+from flashpatch_kernels.triton import (
+    dropout,
+    launching,
+    scores,
+    terms,
+    tile_lists,
+    tile_masks,
+    tiles,
+)
 from flashpatch_kernels.triton.compiling import kernel
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -27,25 +35,25 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def forward_step(
-    m, l, acc, q, keys, values, i, n, lo, hi, mask, batch, head, n_heads, n_keys, to_log2,
-    score, drop,
-    RUNS: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr,
+    m, l, acc, q, keys, values, i, n, lo, hi, mask, batch, head, n_heads, n_queries, n_keys,
+    to_log2, score, drop,
+    SEEN: tl.constexpr, RUNS: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Takes the keys n .. n + BN into account."""
     k = tiles.load(keys, 0, n, C.BN, C.D, C.D0, C.D1, C.TMA, MASKED)
     s = tiles.inner(q, k, C)  # [BM, BN]
-    j = n + tl.arange(0, C.BN)
-    if MASKED:
-        j = tl.minimum(j, n_keys - 1)
+    i = i[:, None]
+    j = (n + tl.arange(0, C.BN))[None, :]
+    inside = tl.minimum(j, n_keys - 1) if MASKED else j
     if not C.PLAIN:
-        s, _ = scores.scores(s, i[:, None], j[None, :], head, score, C, TERMS)
+        s, _ = scores.scores(s, i, inside, head, score, C, TERMS)
     if MASKED:
-        s = tl.where(
-            tile_masks.visible(lo, hi, n, mask, batch, n_keys, C.BN, RUNS), s, float("-inf")
-        )
+        seen = SEEN(lo[:, None], hi[:, None], i, j, mask, batch, head, n_queries, n_keys, RUNS)
+        s = tl.where(seen, s, float("-inf"))
     p, m, l, alpha = tiles.softmax_step(s, m, l, to_log2)
     if C.DROPOUT:
-        p = tl.where(dropout.kept(i[:, None], j[None, :], batch * n_heads + head, drop), p, 0.0)
+        p = tl.where(dropout.kept(i, j, batch * n_heads + head, drop), p, 0.0)
     v = tiles.load(values, 0, n, C.BN, C.DV, C.V0, C.V1, C.TMA, MASKED)
     acc = tiles.add_product(tiles.scaled(acc, alpha[:, None]), p, v, C)
     return m, l, acc
@@ -56,14 +64,17 @@ def forward_kernel(
     Q, K, V, O, LSE,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
     n_batch, n_heads, group, n_queries, n_keys, wave, to_log2,
-    left, right, offset, bounds, bounds_batch, bounds_row, runs, runs_batch,
+    left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
+    tiles_of, tiles_batch, tiles_head,
     factor, cap, sinks, terms, bias_batch, bias_head, bias_row, table_row,
     seed, threshold, keep_scale,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, RUNS: tl.constexpr, TERMS: tl.constexpr,
+    ROWS: tl.constexpr, SEEN: tl.constexpr, KEYS: tl.constexpr, AT: tl.constexpr,
+    RUNS: tl.constexpr, TERMS: tl.constexpr,
     CODE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries. Strides come in units of C.UNIT elements, so that alignment is known."""
-    mask = (left, right, offset, bounds, bounds_batch, bounds_row, runs, runs_batch)
+    mask = (left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
+            tiles_of, tiles_batch, tiles_head)  # fmt: skip
     tile, bh = tiles.place(
         tl.program_id(0), tl.cdiv(n_queries, C.BM), n_batch * n_heads, wave, DESCENDING=True
     )
@@ -74,7 +85,7 @@ def forward_kernel(
     score = (factor, cap, batch, n_queries, n_keys, terms,
              bias_batch, bias_head, bias_row, table_row)  # fmt: skip
     drop = (seed, threshold, keep_scale)
-    t0, t1, t2, t3 = KEYS(mask, batch, start, n_queries, n_keys, C.BM, C.BN, RUNS)
+    t0, t1, t2, t3 = KEYS(mask, batch, h, start, n_queries, n_keys, C.BM, C.BN, RUNS)
 
     Q += (b * q_batch + h * q_head) * C.UNIT
     K += (b * k_batch + h // group * k_head) * C.UNIT
@@ -92,17 +103,19 @@ def forward_kernel(
     acc = tiles.zeros(C.BM, C.V0, C.V1)
     i = start + tl.arange(0, C.BM)
     inside = tl.minimum(i, n_queries - 1)
-    for n in tl.range(t1 * C.BN, t2 * C.BN, C.BN):
+    n_tiles = tl.cdiv(n_keys, C.BN)
+    for t in tl.range(t1, t2):
+        n = AT(mask, batch, h, tile, t, n_tiles) * C.BN
         m, l, acc = forward_step(
-            m, l, acc, q, keys, values, inside, n, None, None, mask, batch, h, n_heads, n_keys,
-            to_log2, score, drop, RUNS, TERMS, C, False,
+            m, l, acc, q, keys, values, inside, n, None, None, mask, batch, h, n_heads, n_queries,
+            n_keys, to_log2, score, drop, SEEN, RUNS, TERMS, C, False,
         )  # fmt: skip
     lo, hi = ROWS(mask, batch, i, n_queries, n_keys)
     for t in tl.range(0, t1 - t0 + t3 - t2):
-        n = tile_masks.edge_tile(t, t0, t1, t2) * C.BN
+        n = AT(mask, batch, h, tile, tile_masks.edge_tile(t, t0, t1, t2), n_tiles) * C.BN
         m, l, acc = forward_step(
-            m, l, acc, q, keys, values, inside, n, lo, hi, mask, batch, h, n_heads, n_keys,
-            to_log2, score, drop, RUNS, TERMS, C, True,
+            m, l, acc, q, keys, values, inside, n, lo, hi, mask, batch, h, n_heads, n_queries,
+            n_keys, to_log2, score, drop, SEEN, RUNS, TERMS, C, True,
         )  # fmt: skip
 
     # A row that sees no key has l = 0: it gives 0 and -inf.
@@ -144,9 +157,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
             *call.sizes,
             call.wave(n_tiles, n_keys, n_heads // kv_heads),
             call.to_log2,
-            *call.mask.arguments,
+            *call.mask.arguments(tile_lists.key_lists(call.mask, tile, n_queries, n_keys)),
             *(*call.cap, options.sinks, added.pointers, *added.numbers, *call.drop),
-            *(call.mask.rows, call.mask.keys, call.mask.has_runs),
+            *(call.mask.rows, call.mask.seen, call.mask.keys, call.mask.at, call.mask.has_runs),
             *(added.functions, added.code, fixed),
         )
     return out, lse

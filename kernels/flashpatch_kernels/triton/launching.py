@@ -54,34 +54,43 @@ class Constants(NamedTuple):
 
 
 class MaskCode(NamedTuple):
-    """A mask as kernels take it: three functions and their arguments.
+    """A mask as kernels take it: five functions (see `tile_masks`) and their arguments.
 
     Attributes:
         band: left, right, offset.
-        intervals: bounds and its batch and row strides, runs and its batch stride.
-        n_masks: 1 if the batch shares one mask, else B.
+        bounds: Those of Intervals or what a Boolean allows, and the batch, head and row strides.
+        runs: With its batch stride.
+        n_masks: How many rows of the batch, and how many heads, have a mask of their own.
     """
 
     rows: Any
+    seen: Any
     keys: Any
     queries: Any
-    band: tuple[int, int, int]
-    intervals: tuple[Tensor | None, int, int, Tensor | None, int]
-    n_masks: int
+    at: Any
+    band: tuple[int, int, int] = (0, 0, 0)
+    bounds: tuple[Tensor | None, int, int, int] = (None, 0, 0, 0)
+    runs: tuple[Tensor | None, int] = (None, 0)
+    n_masks: tuple[int, int] = (1, 1)
 
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """In the kernels' order."""
-        return (*self.band, *self.intervals)
+    def arguments(self, tiles: Tensor | None = None) -> tuple[Any, ...]:
+        """In the kernels' order, with the lists of tiles [B|1, H|1, ...] where there are some."""
+        where = (0, 0) if tiles is None else (batch_stride(tiles), head_stride(tiles))
+        return (*self.band, *self.bounds, *self.runs, tiles, *where)
 
     @property
     def has_runs(self) -> bool:
         """Whether some keys may be hidden from everybody."""
-        return self.intervals[3] is not None
+        return self.runs[0] is not None
+
+    @property
+    def is_boolean(self) -> bool:
+        """Whether tiles stand in lists."""
+        return self.at is tile_masks.listed
 
 
 def mask_code(mask: masks.Mask) -> MaskCode:
-    """The device functions of a Band or of Intervals, with their arguments."""
+    """The device functions of a mask, with their arguments."""
     if isinstance(mask, masks.Band):
         left, right = (
             UNLIMITED if x is None else max(-UNLIMITED, min(x, UNLIMITED))
@@ -89,30 +98,43 @@ def mask_code(mask: masks.Mask) -> MaskCode:
         )
         return MaskCode(
             tile_masks.band_rows,
+            tile_masks.interval_seen,
             tile_masks.band_keys,
             tile_masks.band_queries,
+            tile_masks.number_itself,
             (left, right, mask.offset),
-            (None, 0, 0, None, 0),
-            1,
         )
-    assert isinstance(mask, masks.Intervals), mask
+    if isinstance(mask, masks.Boolean):
+        allowed = mask.allowed if mask.allowed.stride(-1) == 1 else mask.allowed.contiguous()
+        allowed = allowed.view(torch.uint8)
+        row_stride = 0 if allowed.shape[2] == 1 else allowed.stride(2)
+        return MaskCode(
+            tile_masks.boolean_rows,
+            tile_masks.boolean_seen,
+            tile_masks.boolean_keys,
+            tile_masks.boolean_queries,
+            tile_masks.listed,
+            bounds=(allowed, batch_stride(allowed), head_stride(allowed), row_stride),
+            n_masks=(allowed.shape[0], allowed.shape[1]),
+        )
     bounds = mask.bounds.contiguous()
     runs = None if mask.runs is None else mask.runs.contiguous()
     n_masks = max(bounds.shape[0], 1 if runs is None else runs.shape[0])
     return MaskCode(
         tile_masks.interval_rows,
+        tile_masks.interval_seen,
         tile_masks.interval_keys,
         tile_masks.interval_queries,
-        (0, 0, 0),
-        (
-            bounds,
-            batch_stride(bounds),
-            0 if bounds.shape[1] == 1 else 2,
-            runs,
-            0 if runs is None else batch_stride(runs),
-        ),
-        n_masks,
+        tile_masks.number_itself,
+        bounds=(bounds, batch_stride(bounds), 0, 0 if bounds.shape[1] == 1 else 2),
+        runs=(runs, 0 if runs is None else batch_stride(runs)),
+        n_masks=(n_masks, 1),
     )
+
+
+def head_stride(t: Tensor) -> int:
+    """Stride of the second dimension, 0 where it broadcasts."""
+    return 0 if t.shape[1] == 1 else t.stride(1)
 
 
 def batch_stride(t: Tensor) -> int:
@@ -191,7 +213,7 @@ class Setup:
     def question(self) -> tuning.Question:
         """What decides about tiles."""
         o = self.options
-        terms = o.table is not None or o.bias is not None or o.dropout > 0
+        terms = o.table is not None or o.bias is not None or o.dropout > 0 or self.mask.is_boolean
         size = max(self.head_sizes)
         return tuning.Question(self.architecture, self.dtype, size, self.unit > 1, terms)
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashpatch_kernels.masks import Band
-from flashpatch_kernels.triton import dropout, launching, scores, terms, tile_masks, tiles
+from flashpatch_kernels.triton import dropout, launching, scores, terms, tiles
 from flashpatch_kernels.triton.compiling import kernel
 from flashpatch_kernels.triton.stats import load_stats
 
@@ -132,14 +132,17 @@ def sums_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     do_batch, do_head, do_row,
     n_batch, n_heads, group, n_queries, n_keys, wave, to_log2,
-    left, right, offset, bounds, bounds_batch, bounds_row, runs, runs_batch,
+    left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
+    tiles_of, tiles_batch, tiles_head,
     factor, cap, terms, bias_batch, bias_head, bias_row, table_row, seed, threshold, keep_scale,
     walk0, walk1, walk2, walk3,
-    ROWS: tl.constexpr, RUNS: tl.constexpr, TERMS: tl.constexpr, CODE: tl.constexpr,
+    ROWS: tl.constexpr, SEEN: tl.constexpr, RUNS: tl.constexpr, TERMS: tl.constexpr,
+    CODE: tl.constexpr,
     STEPS: tl.constexpr, PLACE: tl.constexpr, FINISH: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """One sum of the ds of several tiles."""
-    mask = (left, right, offset, bounds, bounds_batch, bounds_row, runs, runs_batch)
+    mask = (left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
+            tiles_of, tiles_batch, tiles_head)  # fmt: skip
     walk = (walk0, walk1, walk2, walk3)
     drop = (seed, threshold, keep_scale)
     pid = tl.program_id(0)
@@ -167,19 +170,20 @@ def sums_kernel(
         k = tiles.load(keys, 0, n, C.BN, C.D, C.D0, C.D1, False, True)
         i = m + tl.arange(0, C.BM)
         lo, hi = ROWS(mask, batch, i, n_queries, n_keys)
+        i = i[:, None]
+        j = (n + tl.arange(0, C.BN))[None, :]
+        seen = SEEN(lo[:, None], hi[:, None], i, j, mask, batch, h, n_queries, n_keys, RUNS)
         i = tl.minimum(i, n_queries - 1)
-        j = tl.minimum(n + tl.arange(0, C.BN), n_keys - 1)
-        s, _ = scores.scores(
-            tiles.inner(q, k, C), i[:, None], j[None, :], h, score, C, TERMS
-        )  # [S, S]
+        j = tl.minimum(j, n_keys - 1)
+        s, _ = scores.scores(tiles.inner(q, k, C), i, j, h, score, C, TERMS)  # [S, S]
         lse, delta = load_stats(STATS, n_rows, b * n_heads + h, m, n_queries, C.BM, True)
         p = tl.math.exp2(s * to_log2 - lse[:, None])
-        p = tl.where(tile_masks.visible(lo, hi, n, mask, batch, n_keys, C.BN, RUNS), p, 0.0)
+        p = tl.where(seen, p, 0.0)
         do = tiles.load(douts, 0, m, C.BM, C.DV, C.V0, C.V1, False, True)
         v = tiles.load(values, 0, n, C.BN, C.DV, C.V0, C.V1, False, True)
         dp = tiles.inner(do, v, C)
         if C.DROPOUT:
-            kept = dropout.kept(i[:, None], j[None, :], b * n_heads + h, drop)
+            kept = dropout.kept(i, j, b * n_heads + h, drop)
             dp = tl.where(kept, dp * keep_scale, 0.0)
         acc += p * (dp - delta[:, None])
     FINISH(walk, pid, acc, OUT, n_queries, n_keys, C)
@@ -245,10 +249,18 @@ def sum_gradient(
         *(*inputs, stats, out),
         *call.strides(*inputs),
         *(*call.sizes, 0, call.to_log2),
-        *call.mask.arguments,
+        *call.mask.arguments(),
         *(*call.cap, added.pointers, *added.numbers, *call.drop),
         *walk,
-        *(call.mask.rows, call.mask.has_runs, added.functions, added.code, *functions, fixed),
+        *(
+            call.mask.rows,
+            call.mask.seen,
+            call.mask.has_runs,
+            added.functions,
+            added.code,
+            *functions,
+            fixed,
+        ),
     )
 
 

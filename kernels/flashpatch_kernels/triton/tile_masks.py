@@ -1,13 +1,15 @@
 """Masks on the device: small functions that a kernel is composed of when it is compiled.
 
-In a tile a mask is an interval of keys for each query. A kind of mask is three functions: `rows`
-gives the interval of some queries; `keys` the key tiles that a tile of queries sees; `queries` the
-query tiles that see a tile of keys. Tiles t0 .. t3 are seen; t1 .. t2 of them wholly, by every row,
-so that no element of them is tested.
+A kind of mask is five functions. `rows` gives the interval of keys that some queries see, `seen`
+says who sees whom in a tile. `keys` gives the tiles of keys that a tile of queries sees, `queries`
+the tiles of queries that see a tile of keys: those numbered t0 .. t3, of which t1 .. t2 are seen
+wholly, by every row, so that no element of them is tested. `at` tells which tile has a number: the
+number itself, or what stands in a list.
 
 Every function takes the same record, `mask` = (left, right, offset, bounds, bounds_batch,
-bounds_row, runs, runs_batch, tiles, tiles_batch): three integers of a Band, or pointers and strides
-of Intervals. Keys hidden by `runs` are tested by the kernels, beside the interval.
+bounds_head, bounds_row, runs, runs_batch, tiles, tiles_batch, tiles_head): three integers of a
+Band; pointers and strides of Intervals; or a Boolean in the place of bounds, with its lists in that
+of tiles. Keys hidden by `runs` are tested beside the interval.
 
 Letters: N queries, M keys; BM queries and BN keys a tile.
 """
@@ -37,19 +39,71 @@ def edge_tile(t, t0, t1, t2):
 @triton.jit
 def hidden(mask, batch, j, n_keys):
     """Whether nobody sees the keys j."""
-    runs, runs_batch = mask[6], mask[7]
+    runs, runs_batch = mask[7], mask[8]
     at = runs + tl.cast(batch, tl.int64) * runs_batch + j
     return tl.load(at, mask=j < n_keys, other=0) <= 0
 
 
 @triton.jit
-def visible(lo, hi, start, mask, batch, n_keys, BN: tl.constexpr, RUNS: tl.constexpr):
-    """Who sees whom among queries with bounds lo, hi and the keys start .. start + BN: [BM, BN]."""
-    j = start + tl.arange(0, BN)
-    seen = (lo[:, None] <= j[None, :]) & (j[None, :] < hi[:, None])
+def interval_seen(lo, hi, i, j, mask, batch, head, n_queries, n_keys, RUNS: tl.constexpr):
+    """Whether queries of the bounds lo, hi see the keys j."""
+    seen = (lo <= j) & (j < hi)
     if RUNS:
-        seen = seen & ~hidden(mask, batch, j, n_keys)[None, :]
+        seen = seen & ~hidden(mask, batch, j, n_keys)
     return seen
+
+
+@triton.jit
+def boolean_seen(lo, hi, i, j, mask, batch, head, n_queries, n_keys, RUNS: tl.constexpr):
+    """Whether the queries i see the keys j."""
+    allowed, row = mask[3], mask[6]
+    at = allowed + tl.cast(batch, tl.int64) * mask[4] + tl.cast(head, tl.int64) * mask[5]
+    real = (i < n_queries) & (j < n_keys)
+    return tl.load(at + (i.to(tl.int64) * row + j), mask=real, other=0) != 0
+
+
+@triton.jit
+def number_itself(mask, batch, head, tile, t, n_others):
+    """The t-th of the others that a tile meets, where they are a range."""
+    return t
+
+
+@triton.jit
+def listed(mask, batch, head, tile, t, n_others):
+    """The t-th of the others that a tile meets, where they are a list."""
+    return tl.load(list_of(mask, batch, head, tile, n_others) + 2 + t)
+
+
+@triton.jit
+def list_of(mask, batch, head, tile, n_others):
+    """A tile's list: how many others it meets wholly, how many at all, and which in that order."""
+    lists = mask[9] + tl.cast(batch, tl.int64) * mask[10] + tl.cast(head, tl.int64) * mask[11]
+    return lists + tl.cast(tile, tl.int64) * (n_others + 2)
+
+
+@triton.jit
+def boolean_rows(mask, batch, i, n_queries, n_keys):
+    """No bounds: all is told by `boolean_seen`."""
+    return i, i
+
+
+@triton.jit
+def boolean_keys(
+    mask, batch, head, start, n_queries, n_keys,
+    BM: tl.constexpr, BN: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """Numbers of the key tiles in the list of the queries start .. start + BM."""
+    at = list_of(mask, batch, head, start // BM, tl.cdiv(n_keys, BN))
+    return 0, 0, tl.load(at), tl.load(at + 1)
+
+
+@triton.jit
+def boolean_queries(
+    mask, batch, head, start, n_queries, n_keys, BM: tl.constexpr, BN: tl.constexpr
+):
+    """Numbers of the query tiles in the list of the keys start .. start + BN."""
+    at = list_of(mask, batch, head, start // BN, tl.cdiv(n_queries, BM))
+    return 0, 0, tl.load(at), tl.load(at + 1)
 
 
 @triton.jit
@@ -61,8 +115,9 @@ def band_rows(mask, batch, i, n_queries, n_keys):
 
 @triton.jit
 def band_keys(
-    mask, batch, start, n_queries, n_keys, BM: tl.constexpr, BN: tl.constexpr, RUNS: tl.constexpr
-):
+    mask, batch, head, start, n_queries, n_keys,
+    BM: tl.constexpr, BN: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
     """Key tiles of the queries start .. start + BM under a Band."""
     left, right, offset = mask[0], mask[1], mask[2]
     last = tl.minimum(start + BM, n_queries) - 1
@@ -74,7 +129,7 @@ def band_keys(
 
 
 @triton.jit
-def band_queries(mask, batch, start, n_queries, n_keys, BM: tl.constexpr, BN: tl.constexpr):
+def band_queries(mask, batch, head, start, n_queries, n_keys, BM: tl.constexpr, BN: tl.constexpr):
     """Query tiles of the keys start .. start + BN under a Band."""
     left, right, offset = mask[0], mask[1], mask[2]
     end = tl.minimum(start + BN, n_keys)
@@ -88,7 +143,7 @@ def band_queries(mask, batch, start, n_queries, n_keys, BM: tl.constexpr, BN: tl
 @triton.jit
 def interval_rows(mask, batch, i, n_queries, n_keys):
     """Keys [lo, hi) of the queries i under Intervals; rows beyond the last repeat it."""
-    bounds, bounds_batch, bounds_row = mask[3], mask[4], mask[5]
+    bounds, bounds_batch, bounds_row = mask[3], mask[4], mask[6]
     i = tl.minimum(i, n_queries - 1)
     at = bounds + tl.cast(batch, tl.int64) * bounds_batch + i * bounds_row
     return tl.maximum(tl.load(at), 0), tl.minimum(tl.load(at + 1), n_keys)
@@ -96,8 +151,9 @@ def interval_rows(mask, batch, i, n_queries, n_keys):
 
 @triton.jit
 def interval_keys(
-    mask, batch, start, n_queries, n_keys, BM: tl.constexpr, BN: tl.constexpr, RUNS: tl.constexpr
-):
+    mask, batch, head, start, n_queries, n_keys,
+    BM: tl.constexpr, BN: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
     """Key tiles of the queries start .. start + BM under Intervals."""
     lo, hi = interval_rows(mask, batch, start + tl.arange(0, BM), n_queries, n_keys)
     empty = lo >= hi
@@ -106,7 +162,7 @@ def interval_keys(
     full_first = tl.max(lo)
     full_end = tl.min(tl.where(empty, 0, hi))
     if RUNS:
-        runs, runs_batch = mask[6], mask[7]
+        runs, runs_batch = mask[7], mask[8]
         j = tl.cdiv(full_first, BN) * BN
         at = runs + tl.cast(batch, tl.int64) * runs_batch + j
         full_end = tl.minimum(full_end, tl.load(at, mask=j < n_keys, other=0))
@@ -114,9 +170,11 @@ def interval_keys(
 
 
 @triton.jit
-def interval_queries(mask, batch, start, n_queries, n_keys, BM: tl.constexpr, BN: tl.constexpr):
+def interval_queries(
+    mask, batch, head, start, n_queries, n_keys, BM: tl.constexpr, BN: tl.constexpr
+):
     """Query tiles of the keys start .. start + BN, as `query_tiles_kernel` found them."""
-    tiles, tiles_batch = mask[8], mask[9]
+    tiles, tiles_batch = mask[9], mask[10]
     at = tiles + tl.cast(batch, tl.int64) * tiles_batch + (start // BN) * 4
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
 
@@ -190,3 +248,25 @@ def seen_by(base, bounds_row, tile, i_in, start, end, n_queries, BM: tl.constexp
     sees = (lo < end) & (hi > start) & (lo < hi)
     sees_all = (lo <= start) & (hi >= end) & (i < n_queries)
     return tl.max(sees.to(tl.int32), 1) != 0, tl.min(sees_all.to(tl.int32), 1) != 0
+
+
+@kernel
+def states_kernel(
+    STATES, ALLOWED, batch_stride, head_stride, row_stride, n_heads, n_queries, n_keys,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """How much of each tile of a Boolean is seen: 0 nothing, 1 a part, 2 all."""
+    pid = tl.program_id(0)
+    key_tiles = tl.cdiv(n_keys, BN)
+    query_tiles = tl.cdiv(n_queries, BM)
+    which = pid // (key_tiles * query_tiles)
+    i = (pid // key_tiles) % query_tiles * BM + tl.arange(0, BM)[:, None]
+    j = pid % key_tiles * BN + tl.arange(0, BN)[None, :]
+    batch = tl.cast(which // n_heads, tl.int64)
+    head = tl.cast(which % n_heads, tl.int64)
+    at = ALLOWED + batch * batch_stride + head * head_stride + (i.to(tl.int64) * row_stride + j)
+    inside = (i < n_queries) & (j < n_keys)
+    seen = tl.load(at, mask=inside, other=0) != 0
+    some = tl.max(seen.to(tl.int32))
+    # A tile that reaches beyond the last query or key is never seen wholly.
+    tl.store(STATES + pid, some + tl.min(seen.to(tl.int32)))

@@ -1,0 +1,75 @@
+"""Which tiles a tile meets, where a mask's bounds alone do not tell: lists made before a pass.
+
+Letters: N queries, M keys, tiles of BM queries and BN keys.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from flashpatch_kernels.triton import launching, tile_masks
+from flashpatch_kernels.tuning import Tile
+
+
+def key_lists(mask: launching.MaskCode, tile: Tile, n_queries: int, n_keys: int) -> Tensor | None:
+    """The key tiles of every query tile under a Boolean, as `ordered` gives them."""
+    if not mask.is_boolean:
+        return None
+    return ordered(states(mask, tile, n_queries, n_keys))
+
+
+def query_lists(
+    mask: launching.MaskCode, tile: Tile, group: int, n_queries: int, n_keys: int
+) -> Tensor | None:
+    """The query tiles of every key tile, where a mask needs lists of them.
+
+    Under Intervals four numbers, int32 [1|B, 1, key tiles, 4]; under a Boolean as `ordered` gives
+    them, for all query heads of a key head together.
+    """
+    if mask.is_boolean:
+        found = states(mask, tile, n_queries, n_keys)
+        if found.shape[1] > 1 and group > 1:
+            heads = found.unflatten(1, (-1, group))
+            some, every = heads.amax(2).clamp(max=1), heads.amin(2) == 2
+            found = some + every
+        return ordered(found.mT)
+    bounds, batch, _, row = mask.bounds
+    if bounds is None:
+        return None
+    runs, runs_batch = mask.runs
+    n_key_tiles = triton.cdiv(n_keys, tile.BN)
+    seen = bounds.new_empty(mask.n_masks[0], 1, n_key_tiles, 4)
+    launching.launch(
+        tile_masks.query_tiles_kernel,
+        mask.n_masks[0] * n_key_tiles,
+        Tile(tile.BM, tile.BN, 4, 1),
+        *(seen, bounds, batch, row, runs, runs_batch, n_queries, n_keys),
+        *(tile.BM, tile.BN, 2048 // tile.BM, runs is not None),
+    )
+    return seen
+
+
+def states(mask: launching.MaskCode, tile: Tile, n_queries: int, n_keys: int) -> Tensor:
+    """How much of a tile is seen, 0 nothing, 1 a part, 2 all: [B|1, H|1, query, key tiles]."""
+    allowed, *strides = mask.bounds
+    assert allowed is not None
+    shape = (*mask.n_masks, triton.cdiv(n_queries, tile.BM), triton.cdiv(n_keys, tile.BN))
+    found = allowed.new_empty(shape, dtype=torch.int8)
+    launching.launch(
+        tile_masks.states_kernel,
+        found.numel(),
+        Tile(tile.BM, tile.BN, 4, 1),
+        *(found, allowed, *strides, mask.n_masks[1], n_queries, n_keys, tile.BM, tile.BN),
+    )
+    return found
+
+
+def ordered(found: Tensor) -> Tensor:
+    """For each tile how many others it meets wholly, how many at all, and which, in that order.
+
+    Returns:
+        int32 [B|1, H|1, tiles, 2 + others].
+    """
+    order = found.argsort(stable=True, dim=-1, descending=True)
+    counts = ((found == 2).sum(-1, keepdim=True), (found > 0).sum(-1, keepdim=True))
+    return torch.cat((*counts, order), dim=-1).to(torch.int32)
