@@ -38,6 +38,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     table: Float[Tensor, "H N+M-1"] | None = None,
+    slopes: Float[Tensor, "H"] | None = None,
     bias: Float[Tensor, "#B #H #N M"] | None = None,
     sinks: Float[Tensor, "H"] | None = None,
     dropout: float = 0.0,
@@ -54,7 +55,8 @@ def attention(
     A query that sees no key gives 0 and a gradient of 0.
 
     Args:
-        q: Queries, of any stride. Differentiable, as are k, v, table, bias and sinks.
+        q: Queries, of any stride. Differentiable, as are k, v, table, slopes, bias and
+            sinks.
         k: Keys.
         v: Values; their size may differ from that of the keys.
         causal: Hide the keys after the query.
@@ -65,6 +67,7 @@ def attention(
         scale: Factor on the products; None means D ** -0.5.
         softcap: Bound on the scores: s becomes softcap * tanh(s / softcap), before the biases.
         table: One bias per head and distance: entry j - i + N - 1 for query i and key j.
+        slopes: ALiBi's: adds -slopes[h] |i + M - N - j|, a table that is made of them.
         bias: Added to the scores. One below -1e38 hides its key, as -inf does.
         sinks: One logit per head that takes weight and gives no value.
         dropout: Probability that a weight is dropped. Its mask comes from a seed that is drawn
@@ -78,14 +81,14 @@ def attention(
         ValueError: An argument has a wrong value, shape or device, or the engine that was asked for
             cannot serve the call; the message has the reason.
 
-    Source: Dao, FlashAttention-2 (2023).
+    Source: Dao, FlashAttention-2 (2023); for slopes Press et al., ALiBi (2022), section 3.
     """
     _check_tensors(q, k, v)
     options = Options(
         mask=_mask(q, k, causal=causal, window=window, mask=mask),
         scale=_scale(scale, q.shape[3]),
         softcap=_softcap(softcap),
-        table=_term("table", table, (q.shape[1], q.shape[2] + k.shape[2] - 1), q),
+        table=_table(table, slopes, q, k),
         bias=_bias(bias, q, k),
         sinks=_term("sinks", sinks, (q.shape[1],), q),
         dropout=_dropout(dropout),
@@ -451,6 +454,19 @@ def _term(name: str, x: Tensor | None, shape: tuple[int, ...], q: Tensor) -> Ten
     _check_shape(name, x, tuple(max(n, 0) for n in shape))
     _check_device(name, x, q)
     return x
+
+
+def _table(table: Tensor | None, slopes: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """The table and what slopes add to it."""
+    entries = q.shape[2] + k.shape[2] - 1
+    table = _term("table", table, (q.shape[1], entries), q)
+    slopes = _term("slopes", slopes, (q.shape[1],), q)
+    if slopes is None:
+        return table
+    distance = (torch.arange(max(entries, 0), device=q.device) - (k.shape[2] - 1)).abs()
+    kind = torch.promote_types(slopes.dtype, torch.float32)
+    sloping = -slopes.to(kind)[:, None] * distance
+    return sloping if table is None else table + sloping
 
 
 def _bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

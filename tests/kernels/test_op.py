@@ -44,6 +44,31 @@ def seen_keys(n=N, m=M, **mask):
     return out[0, 0] > 0
 
 
+# What is added to the scores.
+
+
+@pytest.mark.parametrize("lengths", [(N, M), (5, 5), (1, 7)])
+@pytest.mark.parametrize("with_table", [False, True])
+def test_slopes_fall_with_the_distance_from_the_query(lengths, with_table):
+    n, m = lengths
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], requires_grad=True)
+    distance = (torch.arange(n)[:, None] + m - n - torch.arange(m)).abs()
+    bias = -slopes[:, None, None] * distance
+    more = {"table": terms(n, m)["table"]} if with_table else {}
+    q, k, v = tensors(n, m, grad=True)
+    out = attention(q, k, v, slopes=slopes, causal=True, **more)
+    expected = attention(q, k, v, bias=bias[None], causal=True, engine="reference", **more)
+    torch.testing.assert_close(out, expected)
+    inputs = (q, k, v, slopes)
+    dout = torch.randn_like(out)
+    for found, true in zip(
+        torch.autograd.grad(out, inputs, dout),
+        torch.autograd.grad(expected, inputs, dout),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, true)
+
+
 # What may be seen.
 
 
@@ -278,6 +303,11 @@ BAD = {
         ValueError,
         r"table must have shape \(4, 13\), not \(4, 12\)",
         {"table": torch.zeros(H, 12)},
+    ),
+    "slopes shape": (
+        ValueError,
+        r"slopes must have shape \(4\), not \(3,\)",
+        {"slopes": torch.zeros(3)},
     ),
     "table type": (TypeError, "table must be a tensor, not list", {"table": [1.0]}),
     "table dtype": (TypeError, "table must be of a floating", {"table": torch.zeros(H, 13).int()}),

@@ -1,6 +1,7 @@
 """The terms of a call, from its options to what kernels are composed of."""
 
 import hashlib
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,7 @@ class Terms(NamedTuple):
         return _code(*self.functions, *self.transposed)
 
 
+@lru_cache
 def _code(*functions: Any) -> str:
     keys = "".join(getattr(function, "cache_key", "") for function in functions)
     return hashlib.sha256(keys.encode()).hexdigest()[:16]
@@ -63,9 +65,7 @@ def terms_of(options: Options, n_queries: int, n_keys: int, dtype: torch.dtype) 
         bias = bias if bias.stride(-1) == 1 or n_keys == 1 else bias.contiguous()
         one_row = bias.shape[2] == 1
         add = scores.add_key_bias if one_row else scores.add_bias
-        numbers = [
-            stride if n > 1 else 0 for stride, n in zip(bias.stride(), bias.shape[:3], strict=False)
-        ]
+        numbers = launching.strides(bias)
         terms = Terms(
             (*terms.functions, add),
             (*terms.pointers, (bias,)),
