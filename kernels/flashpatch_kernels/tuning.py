@@ -44,6 +44,7 @@ TABLE: dict[tuple[str, str, Pass], tuple[tuple[int, Tile], ...]] = {
         (128, Tile(128, 64, 4, 2, tma=True)),
         (192, Tile(128, 64, 8, 3, tma=True)),
         (256, Tile(128, 64, 8, 2, tma=True)),
+        (512, Tile(64, 32, 8, 2, tma=True)),
     ),
     ("sm90", "half", "dkdv"): (
         (96, Tile(64, 64, 4, 3, tma=True)),
@@ -53,11 +54,13 @@ TABLE: dict[tuple[str, str, Pass], tuple[tuple[int, Tile], ...]] = {
         (160, Tile(32, 64, 4, 3, tma=True)),
         (192, Tile(32, 128, 8, 3, tma=True)),
         (256, Tile(64, 128, 8, 1, tma=True)),
+        (512, Tile(32, 32, 8, 1, tma=True)),
     ),
     ("sm90", "half", "dv"): (
         (160, Tile(64, 128, 8, 3, tma=True)),
         (192, Tile(64, 64, 4, 3, tma=True)),
         (256, Tile(32, 128, 8, 4, tma=True)),
+        (512, Tile(32, 32, 8, 2, tma=True)),
     ),
     ("sm90", "half", "dq"): (
         (64, Tile(64, 64, 4, 3, tma=True)),
@@ -67,6 +70,7 @@ TABLE: dict[tuple[str, str, Pass], tuple[tuple[int, Tile], ...]] = {
         (160, Tile(64, 32, 4, 3, tma=True)),
         (192, Tile(128, 64, 8, 2, tma=True)),
         (256, Tile(128, 32, 8, 3, tma=True)),
+        (512, Tile(32, 32, 8, 1, tma=True)),
     ),
     # Beside a table, a bias, dropout or a boolean mask, which want registers and memory of their
     # own. Chosen by compiling, not measured.
@@ -74,6 +78,7 @@ TABLE: dict[tuple[str, str, Pass], tuple[tuple[int, Tile], ...]] = {
         (64, Tile(128, 64, 8, 3, tma=True)),
         (128, Tile(64, 128, 8, 2, tma=True)),
         (256, Tile(64, 64, 8, 2, tma=True)),
+        (512, Tile(32, 32, 8, 1, tma=True)),
     ),
     ("sm90", "half terms", "dkdv"): (
         (64, Tile(64, 64, 4, 3, tma=True)),
@@ -83,33 +88,35 @@ TABLE: dict[tuple[str, str, Pass], tuple[tuple[int, Tile], ...]] = {
         (64, Tile(64, 64, 4, 3, tma=True)),
         (128, Tile(128, 64, 8, 3, tma=True)),
         (256, Tile(64, 32, 8, 2, tma=True)),
+        (512, Tile(32, 32, 8, 1, tma=True)),
     ),
     ("any", "half", "forward"): (
         (64, Tile(64, 64, 4, 2)),
         (128, Tile(64, 32, 4, 2)),
         (256, Tile(64, 32, 8, 2)),
+        (512, Tile(32, 32, 8, 1)),
     ),
     ("any", "half", "dkdv"): ((64, Tile(32, 64, 4, 2)), (128, Tile(32, 64, 8, 1))),
-    ("any", "half", "dk"): ((256, Tile(32, 32, 8, 1)),),
-    ("any", "half", "dv"): ((256, Tile(32, 32, 8, 1)),),
+    ("any", "half", "dk"): ((512, Tile(32, 32, 8, 1)),),
+    ("any", "half", "dv"): ((512, Tile(32, 32, 8, 1)),),
     ("any", "half", "dq"): (
         (64, Tile(64, 32, 4, 2)),
         (128, Tile(64, 32, 8, 1)),
-        (256, Tile(32, 32, 8, 1)),
+        (512, Tile(32, 32, 8, 1)),
     ),
     ("any", "float", "forward"): (
         (64, Tile(32, 32, 4, 1)),
         (128, Tile(16, 32, 4, 1)),
-        (256, Tile(16, 16, 8, 1)),
+        (512, Tile(16, 16, 8, 1)),
     ),
     ("any", "float", "dkdv"): ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 16, 4, 1))),
-    ("any", "float", "dk"): ((256, Tile(16, 16, 8, 1)),),
-    ("any", "float", "dv"): ((256, Tile(16, 16, 8, 1)),),
-    ("any", "float", "dq"): ((64, Tile(16, 32, 4, 1)), (256, Tile(16, 16, 8, 1))),
-    ("any", "half", "sums"): ((128, Tile(64, 64, 8, 1)), (256, Tile(32, 32, 4, 1))),
-    ("any", "float", "sums"): ((128, Tile(32, 32, 4, 1)), (256, Tile(16, 16, 4, 1))),
-    ("any", "half", "stats"): ((64, Tile(64, 64, 4, 1)), (256, Tile(16, 64, 4, 1))),
-    ("any", "float", "stats"): ((64, Tile(32, 64, 4, 1)), (256, Tile(16, 64, 4, 1))),
+    ("any", "float", "dk"): ((512, Tile(16, 16, 8, 1)),),
+    ("any", "float", "dv"): ((512, Tile(16, 16, 8, 1)),),
+    ("any", "float", "dq"): ((64, Tile(16, 32, 4, 1)), (512, Tile(16, 16, 8, 1))),
+    ("any", "half", "sums"): ((128, Tile(64, 64, 8, 1)), (512, Tile(32, 32, 4, 1))),
+    ("any", "float", "sums"): ((128, Tile(32, 32, 4, 1)), (512, Tile(16, 16, 4, 1))),
+    ("any", "half", "stats"): ((64, Tile(64, 64, 4, 1)), (512, Tile(16, 64, 4, 1))),
+    ("any", "float", "stats"): ((64, Tile(32, 64, 4, 1)), (512, Tile(16, 64, 4, 1))),
 }
 
 

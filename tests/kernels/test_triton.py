@@ -3,16 +3,18 @@
 The interpreter must be chosen before Triton is imported, so it runs in a process of its own.
 """
 
+import itertools
 import os
 import pickle
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import pytest
 import torch
 
-from flashpatch_kernels import reference
+from flashpatch_kernels import reference, tuning
 from flashpatch_kernels.masks import (
     Band,
     Boolean,
@@ -243,9 +245,21 @@ def test_lengths_that_divide_nothing(engine, sizes):
     check(engine, *case("causal", n=sizes[0], m=sizes[1]))
 
 
-@pytest.mark.parametrize("d", [20, 24, 40, 48, 72, 96])
+@pytest.mark.parametrize("d", [8, 20, 24, 40, 48, 72, 96, 320, 512])
 def test_head_sizes_are_covered_by_two_chunks(engine, d):
     check(engine, *case("causal", n=33, m=33, d=d, dv=d))
+
+
+def test_every_head_size_has_a_tile_for_every_pass():
+    passes = get_args(tuning.Pass)
+    for arch, dtype, aligned, terms in itertools.product(
+        ("sm90", "any"), (torch.bfloat16, torch.float32), (True, False), (True, False)
+    ):
+        for size in range(1, 513):
+            asked = tuning.Question(arch, dtype, size, aligned, terms)
+            for name in passes:
+                if name != "dkdv" or tuning.has_tile(asked, name):
+                    assert tuning.tile(asked, name)
 
 
 def test_values_may_have_another_head_size(engine):
