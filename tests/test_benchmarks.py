@@ -62,3 +62,14 @@ def test_a_missed_bar_is_marked(models_cpu):
     row = models_cpu.Row("llama forward, full", "flashpatch", 128, 0.5, ratio=1.2, met=False)
     assert models_cpu.shown(row).endswith("MISSED")
     assert "1.200" in models_cpu.shown(row)
+
+
+def test_every_case_of_the_terms_runs_in_small(tmp_path):
+    script = SCRIPT.with_name("terms_gpu.py")
+    command = [sys.executable, str(script), "--dry", "--out", str(tmp_path / "rows.json")]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    groups = {row["group"] for row in rows}
+    assert {"t5", "padded", "terms, d 64, full", "terms, d 128, causal"} <= groups
+    assert not any("error" in row for row in rows)

@@ -1,0 +1,235 @@
+"""What each term of a score costs on a GPU, and what the same costs with PyTorch's own attention.
+
+* `terms`: two rows of 8192 tokens, hidden size 2048, bf16: the Triton engine with a term, over the
+  same call without it. A table, a bias or sinks with `learnt` take a gradient.
+* `t5`: T5's bucketed position bias with a gradient, B4 H16 N2048 D64, and the same call without it,
+  beside FlexAttention with a score_mod and PyTorch's attention with a dense bias.
+* `padded`: a causal batch of 8 texts of 512 to 4096 tokens, 32 query heads on 8 key heads, beside
+  PyTorch's attention with a boolean mask.
+
+Times are medians of forward alone, and of forward and backward together.
+Run on a GPU: `PYTHONPATH=.:kernels python benchmarks/terms_gpu.py --out results.json`; `--dry` runs
+every case once, in small, without a GPU.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from flashpatch_kernels.masks import Band, Boolean, Mask, intersect, key_mask
+from flashpatch_kernels.op import run
+from flashpatch_kernels.options import Options
+
+
+class Machine(NamedTuple):
+    """Where cases run: a GPU at full size, or a CPU in small."""
+
+    device: str
+    engine: str
+    dtype: torch.dtype
+    shrink: int
+
+
+GPU = Machine("cuda", "triton", torch.bfloat16, 1)
+CPU = Machine("cpu", "tiled", torch.float32, 64)
+
+
+class Case(NamedTuple):
+    """Something to time: a forward, and the tensors to differentiate it by."""
+
+    name: str
+    forward: Callable[[], Tensor]
+    inputs: tuple[Tensor, ...]
+
+
+def tensors(
+    on: Machine, batch: int, heads: int, kv_heads: int, n: int, d: int
+) -> tuple[Tensor, ...]:
+    """Random q, k and v, as a projection lays them out."""
+    torch.manual_seed(0)
+    return tuple(
+        torch.randn(batch, n, h, d, device=on.device, dtype=on.dtype)
+        .transpose(1, 2)
+        .requires_grad_()
+        for h in (heads, kv_heads, kv_heads)
+    )
+
+
+def ours(
+    name: str, on: Machine, qkv: tuple[Tensor, ...], learnt: tuple[Tensor, ...] = (), **options: Any
+) -> Case:
+    """Our engine on these tensors."""
+    scale = options.pop("scale", qkv[0].shape[3] ** -0.5)
+    record = Options(scale=scale, **options)
+    q, k, v = qkv
+    return Case(name, lambda: run(q, k, v, record, on.engine)[0], (*qkv, *learnt))
+
+
+def terms(on: Machine, d: int, *, causal: bool) -> Iterator[Case]:
+    """One call for each term, the first without any."""
+    heads, n = 2048 // d, 8192 // on.shrink
+    qkv = tensors(on, 2, heads, heads, n, d)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=on.device)
+
+    mask: Mask = Band(right=0) if causal else Band()
+    seed = torch.tensor([1], device=on.device)
+    half = random(2, heads, n, n).to(on.dtype)
+    seen = torch.rand(n // 128 or 1, n // 128 or 1, device=on.device) < 0.05
+    tiles = seen.repeat_interleave(128, 0).repeat_interleave(128, 1)[:n, :n].contiguous()
+    options: dict[str, tuple[dict[str, Any], str | None]] = {
+        "none": ({}, None),
+        "softcap": ({"softcap": 50.0}, None),
+        "sinks": ({"sinks": random(heads)}, None),
+        "sinks, learnt": ({"sinks": random(heads)}, "sinks"),
+        "table": ({"table": random(heads, 2 * n - 1)}, None),
+        "table, learnt": ({"table": random(heads, 2 * n - 1)}, "table"),
+        "key bias": ({"bias": random(2, heads, 1, n)}, None),
+        "key bias, learnt": ({"bias": random(2, heads, 1, n)}, "bias"),
+        "bias": ({"bias": half}, None),
+        "bias, learnt": ({"bias": half.clone()}, "bias"),
+        "bias of one row, learnt": ({"bias": half[:1].clone()}, "bias"),
+        "dropout": ({"dropout": 0.1, "seed": seed}, None),
+        "boolean, all true": ({"mask": Boolean(torch.ones_like(tiles)[None, None])}, None),
+        "boolean, 95% empty": ({"mask": Boolean(tiles[None, None])}, None),
+    }
+    for name, (more, learnt) in options.items():
+        inputs = () if learnt is None else (more[learnt].requires_grad_(),)
+        yield ours(name, on, qkv, inputs, **{"mask": mask, **more})
+
+
+def t5(on: Machine) -> Iterator[Case]:
+    """T5's relative position bias: 32 buckets, of distances up to 128."""
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    batch, heads, n, d = 4, 16, 2048 // on.shrink, 64
+    qkv = tensors(on, batch, heads, heads, n, d)
+    q, k, v = qkv
+    weight = torch.randn(32, heads, device=on.device, requires_grad=True)
+    distance = torch.arange(1 - n, n, device=on.device)
+    bucket: Any = T5Attention._relative_position_bucket
+
+    def bias(at: Tensor) -> Tensor:
+        return weight[bucket(at, bidirectional=True, num_buckets=32, max_distance=128)]
+
+    def table() -> Tensor:
+        record = Options(scale=1.0, table=bias(distance).T)
+        return run(q, k, v, record, on.engine)[0]
+
+    yield ours("none", on, qkv, scale=1.0)
+    yield Case("table", table, (*qkv, weight))
+    i = torch.arange(n, device=on.device)
+
+    def dense() -> Tensor:
+        added = bias(i[None] - i[:, None]).permute(2, 0, 1)[None].to(q.dtype)
+        return scaled_dot_product_attention(q, k, v, attn_mask=added, scale=1.0)
+
+    yield Case("sdpa, dense bias", dense, (*qkv, weight))
+    if on.device == "cuda":
+        from torch.nn.attention.flex_attention import flex_attention
+
+        compiled = torch.compile(flex_attention, dynamic=False)
+        buckets = bucket(distance, bidirectional=True, num_buckets=32, max_distance=128)
+
+        def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: ARG001
+            return s + weight[buckets[j - i + n - 1], h]
+
+        yield Case(
+            "flex, score_mod", lambda: compiled(q, k, v, score_mod=score, scale=1.0), (*qkv, weight)
+        )
+
+
+def padded(on: Machine) -> Iterator[Case]:
+    """A causal batch of texts of several lengths."""
+    n, d = 4096 // on.shrink, 128
+    qkv = tensors(on, 8, 32, 8, n, d)
+    q, k, v = qkv
+    lengths = torch.linspace(n / 8, n, 8, device=on.device).long()
+    visible = torch.arange(n, device=on.device) < lengths[:, None]
+    mask = intersect(key_mask(visible), Band(right=0), n, n, on.device)
+    yield ours("intervals", on, qkv, mask=mask)
+    lower = torch.ones(n, n, dtype=torch.bool, device=on.device).tril()
+    allowed = lower & visible[:, None, None]
+    yield ours("boolean", on, qkv, mask=Boolean(allowed))
+    yield Case(
+        "sdpa, boolean",
+        lambda: scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True),
+        qkv,
+    )
+
+
+def groups(on: Machine) -> Iterator[tuple[str, Iterator[Case]]]:
+    """All cases, by what they are compared with: the first of each group."""
+    for d in (64, 128):
+        for causal in (False, True):
+            yield f"terms, d {d}, {'causal' if causal else 'full'}", terms(on, d, causal=causal)
+    yield "t5", t5(on)
+    yield "padded", padded(on)
+
+
+def timed(case: Case, on: Machine, rep: int) -> dict[str, float]:
+    """Milliseconds of the forward, and of forward and backward together."""
+    dout = torch.randn_like(case.forward().detach())
+
+    def both() -> None:
+        torch.autograd.grad(case.forward(), case.inputs, dout)
+
+    if on.device == "cpu":
+        both()
+        return {"forward_ms": 0.0, "both_ms": 0.0}
+    from triton.testing import do_bench
+
+    with torch.no_grad():
+        forward: Any = do_bench(case.forward, warmup=15, rep=rep, return_mode="median")
+    whole: Any = do_bench(both, warmup=15, rep=rep, return_mode="median")
+    return {"forward_ms": round(forward, 4), "both_ms": round(whole, 4)}
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rep", type=int, default=60, help="milliseconds a measurement")
+    parser.add_argument("--commit", default="unknown", help="of the code that runs")
+    parser.add_argument("--dry", action="store_true", help="once, in small, on a CPU")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    on = CPU if arguments.dry else GPU
+    rows: list[dict[str, Any]] = []
+    for group, cases in groups(on):
+        first: dict[str, float] = {}
+        for case in cases:
+            try:
+                times = timed(case, on, arguments.rep)
+            except (RuntimeError, ValueError) as error:
+                if arguments.dry:
+                    raise
+                rows.append({"group": group, "case": case.name, "error": str(error)[:200]})
+            else:
+                first = first or times
+                ratios = {
+                    name.replace("_ms", "_ratio"): round(ms / first[name], 3)
+                    for name, ms in times.items()
+                    if first[name]
+                }
+                rows.append({"group": group, "case": case.name, **times, **ratios})
+            print(json.dumps(rows[-1]), flush=True)
+    if arguments.out:
+        record: dict[str, Any] = {
+            "what": __doc__,
+            "card": "none" if arguments.dry else torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "commit": arguments.commit,
+            "rows": rows,
+        }
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
