@@ -55,7 +55,15 @@ PUBLIC = {
         "revert",
         "unload_ipython_extension",
     },
-    "flashpatch_kernels": {"Band", "Boolean", "Intervals", "Mask", "Options", "attention"},
+    "flashpatch_kernels": {
+        "Band",
+        "Boolean",
+        "Intervals",
+        "Mask",
+        "Options",
+        "attention",
+        "attention_varlen",
+    },
 }
 
 

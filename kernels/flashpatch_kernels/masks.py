@@ -102,6 +102,26 @@ def cu_seqlens(cumulative: Tensor, n: int) -> Intervals:
     return documents(torch.searchsorted(cumulative.contiguous(), j, right=True)[None])
 
 
+def varlen(
+    queries: Tensor, keys: Tensor, n: int, left: int | None = None, right: int | None = None
+) -> Intervals:
+    """Documents of queries and of keys, from their cumulative lengths, int [documents + 1] each.
+
+    Query i of n sees its document's keys p - left .. p + right, where p is its own position if the
+    last query of a document stands at its last key. One outside of all documents sees nothing.
+    """
+    i = torch.arange(n, dtype=queries.dtype, device=queries.device)
+    after = torch.searchsorted(queries.contiguous(), i, right=True)
+    document = (after - 1).clamp(0, queries.shape[0] - 2)
+    start, end = keys[document], keys[document + 1]
+    p = i - queries[document + 1] + end
+    lo = start if left is None else start.maximum(p - left)
+    hi = end if right is None else end.minimum(p + right + 1)
+    inside = (after > 0) & (after < queries.shape[0])
+    bounds = torch.stack((lo, hi.maximum(lo)), dim=-1)
+    return Intervals(torch.where(inside[:, None], bounds, 0).to(torch.int32)[None])
+
+
 def intersect(a: Mask, b: Mask, n_queries: int, n_keys: int, device: torch.device | str) -> Mask:
     """The mask that allows what both allow."""
     if a == Band():

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
 from flashpatch_kernels import masks, reference, sdpa
@@ -100,6 +100,61 @@ def attention(
         return out
     assert lse is not None
     return out, lse
+
+
+def attention_varlen(
+    q: Float[Tensor, "N H D"],
+    k: Float[Tensor, "M H_kv D"],
+    v: Float[Tensor, "M H_kv Dv"],
+    cu_seqlens: Int[Tensor, "documents+1"],
+    cu_seqlens_k: Int[Tensor, "documents+1"] | None = None,
+    *,
+    causal: bool = False,
+    window: int | tuple[int | None, int | None] | None = None,
+    **options: Any,
+) -> Float[Tensor, "N H Dv"] | tuple[Float[Tensor, "N H Dv"], Float[Tensor, "H N"]]:
+    """`attention` within documents that lie one after the other, without padding.
+
+    Args:
+        q: Queries of all documents, of any stride. Differentiable, as are k and v.
+        k: Keys.
+        v: Values.
+        cu_seqlens: Where documents begin, and at last where the last one ends: 0, n_1, n_1 + n_2...
+            Queries beyond belong to none and give 0.
+        cu_seqlens_k: The same of the keys; None if every document has as many keys as queries.
+        causal: As for `attention`, within each document.
+        window: Likewise.
+        options: The other arguments of `attention`. Those that go by the distance of query and key
+            or by their place, `table`, `slopes` and `bias`, only without `cu_seqlens_k`.
+
+    Raises:
+        TypeError: As `attention`, or `cu_seqlens` is not of integers.
+        ValueError: As `attention`, or `cu_seqlens` has no document, or not as many as
+            `cu_seqlens_k`.
+    """
+    keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.dim() != 3:
+            shape = _size(x) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must have 3 dimensions (N, H, D), not {shape}")
+    for name, x in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", keys)):
+        if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be int32 or int64, not {kind}")
+        if x.dim() != 1 or x.shape[0] < 2 or x.shape != cu_seqlens.shape:
+            raise ValueError(f"{name} must have shape (documents + 1,), not {_size(x)}")
+        _check_device(name, x, q)
+    if "mask" in options:
+        raise ValueError("attention_varlen takes no mask: the documents are the mask")
+    placed = [name for name in ("table", "slopes", "bias") if options.get(name) is not None]
+    if placed and cu_seqlens_k is not None:
+        raise ValueError(f"{placed[0]} goes by places, which cu_seqlens_k makes differ")
+    left, right = _sides(causal=causal, window=window)
+    mask = masks.varlen(cu_seqlens, keys, q.shape[0], left, right)
+    found = attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), mask=mask, **options)
+    if isinstance(found, Tensor):
+        return found[0].transpose(0, 1)
+    return found[0][0].transpose(0, 1), found[1][0]
 
 
 def run(
@@ -349,6 +404,20 @@ def _band(
     causal: bool,
     window: int | tuple[int | None, int | None] | None,
 ) -> Band:
+    left, right = _sides(causal=causal, window=window)
+    offset = n_keys - n_queries
+    # A limit that hides nothing is none: one query at the end is not causal but full.
+    if right is not None and right >= n_queries - 1:
+        right = None
+    if left is not None and left >= n_keys - 1:
+        left = None
+    return Band() if left is None and right is None else Band(left, right, offset)
+
+
+def _sides(
+    *, causal: bool, window: int | tuple[int | None, int | None] | None
+) -> tuple[int | None, int | None]:
+    """How many keys before a query and after it are seen, None without a limit."""
     left = right = None
     if isinstance(window, int) and not isinstance(window, bool):
         if window < 1:
@@ -363,13 +432,7 @@ def _band(
         raise TypeError(f"window must be an int or a pair, not {window!r}")
     if causal:
         right = 0
-    offset = n_keys - n_queries
-    # A limit that hides nothing is none: one query at the end is not causal but full.
-    if right is not None and right >= n_queries - 1:
-        right = None
-    if left is not None and left >= n_keys - 1:
-        left = None
-    return Band() if left is None and right is None else Band(left, right, offset)
+    return left, right
 
 
 def _given_mask(mask: Tensor | Mask, q: Tensor, n_keys: int) -> Mask:
