@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
-from flashpatch_kernels import masks, reference, sdpa
+from flashpatch_kernels import masks, reference, sdpa, second_order
 from flashpatch_kernels.engines import (
     ENGINES,
     REFERENCE,
@@ -335,14 +335,38 @@ class _Attention(torch.autograd.Function):
         return _differentiate(ctx, *grads)
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    pass
+def _save_twice(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:  # noqa: ARG001
+    dout, dlse, q, k, v, _, _, ctx.engine, ctx.needs, *options = inputs
+    ctx.plain = [None if isinstance(x, Tensor) else x for x in options]
+    tensors = (x if isinstance(x, Tensor) else None for x in options)
+    ctx.save_for_backward(dout, dlse, q, k, v, *tensors)
 
 
-def _differentiate_twice(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    raise NotImplementedError(
-        "flashpatch's attention has no second derivative; engine='reference' has"
+def _differentiate_twice(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any, ...]:
+    """The derivative of the gradients. The output and the lse are functions of the other inputs."""
+    if ctx.engine != "tiled":
+        raise NotImplementedError(
+            f"engine {ctx.engine!r} has no second derivative; engine='tiled' has"
+        )
+    dout, dlse, q, k, v, *tensors = ctx.saved_tensors
+    flat = [p if x is None else x for p, x in zip(ctx.plain, tensors, strict=True)]
+    options = _record(*flat)
+    if options.dropout:
+        raise NotImplementedError("attention with dropout has no second derivative")
+    if torch.is_grad_enabled():
+        raise NotImplementedError("attention has no third derivative")
+    inputs = {"q": q, "k": k, "v": v, "dout": dout, "dlse": dlse}
+    inputs |= {name: getattr(options, name) for name in _TERMS}
+    found = second_order.differentiate(
+        {name: x for name, x in inputs.items() if x is not None},
+        options,
+        {name: x for name, x in zip(ctx.needs, cotangents, strict=True) if x is not None},
     )
+    first = [found.get(name) for name in ("dout", "dlse", "q", "k", "v")]
+    grads: list[Tensor | None] = [*first, None, None, None, None, *(None for _ in flat)]
+    for name in _TERMS:
+        grads[_DIFFERENTIABLE[name] + 5] = found.get(name)
+    return tuple(grads)
 
 
 library.impl("forward", _forward, "CompositeExplicitAutograd")
@@ -353,7 +377,7 @@ torch.library.register_autograd(
     "flashpatch::forward", _differentiate, setup_context=_save, lib=library
 )
 torch.library.register_autograd(
-    "flashpatch::backward", _differentiate_twice, setup_context=_save_nothing, lib=library
+    "flashpatch::backward", _differentiate_twice, setup_context=_save_twice, lib=library
 )
 
 

@@ -487,15 +487,6 @@ def test_the_lse_alone_may_be_differentiated():
         assert torch.allclose(grad, exact, atol=1e-5)
 
 
-def test_a_second_derivative_is_refused():
-    inputs = tensors(grad=True)
-    (grad,) = torch.autograd.grad(
-        attention(*inputs, engine="tiled").square().sum(), inputs[:1], create_graph=True
-    )
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        grad.sum().backward()
-
-
 def test_frozen_inputs_cost_no_gradient(monkeypatch):
     from flashpatch_kernels import tiled
 

@@ -254,6 +254,14 @@ def test_offsets_beyond_32_bits():
     assert error(out[:, -1:], true.double()) < 1e-3
 
 
+def test_a_second_derivative_is_refused():
+    q, k, v, dout, _, options = case("causal", n=40, m=40)
+    q.requires_grad_()
+    (dq,) = torch.autograd.grad(triton(q, k, v, options)[0], q, dout, create_graph=True)
+    with pytest.raises(NotImplementedError, match="engine='tiled' has"):
+        dq.sum().backward()
+
+
 def test_a_second_device_is_used_where_there_is_one():
     device = f"cuda:{torch.cuda.device_count() - 1}"
     q, k, v = (torch.randn(1, 2, 100, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
