@@ -363,9 +363,11 @@ def _differentiate_twice(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any
         {name: x for name, x in zip(ctx.needs, cotangents, strict=True) if x is not None},
     )
     first = [found.get(name) for name in ("dout", "dlse", "q", "k", "v")]
-    grads: list[Tensor | None] = [*first, None, None, None, None, *(None for _ in flat)]
+    before = [*first, None, None, None, None]  # then the output, the lse, engine and needs
+    grads: list[Tensor | None] = [*before, *(None for _ in flat)]
     for name in _TERMS:
-        grads[_DIFFERENTIABLE[name] + 5] = found.get(name)
+        # both schemas end with the options; that of `forward` has 4 arguments before them
+        grads[_DIFFERENTIABLE[name] - 4 + len(before)] = found.get(name)
     return tuple(grads)
 
 

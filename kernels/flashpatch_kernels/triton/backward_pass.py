@@ -31,7 +31,7 @@ from flashpatch_kernels.triton import (
     tiles,
 )
 from flashpatch_kernels.triton.compiling import kernel
-from flashpatch_kernels.triton.stats import compute_stats, load_stats
+from flashpatch_kernels.triton.stats import Shared, compute_stats, load_stats
 from flashpatch_kernels.triton.term_gradients import term_gradients
 
 
@@ -284,15 +284,15 @@ def backward(
     written = {name: writable(grad) for name, grad in grads.items()}
     q, k, v, out, dout = (launching.readable(t) for t in (q, k, v, out, dout))
     call = launching.Setup.of(q, k, v, (out, dout, *written.values()), options)
-    inputs = (q, k, v, dout)
     with launching.on(q.device):
         stats = compute_stats(call, out, dout, lse, dlse)
         added = terms.terms_of(options, q.shape[2], k.shape[2], q.dtype)
+        shared = Shared(call, added, (q, k, v, dout), stats)
         for name in call.key_passes(needs):
-            compute_dkdv(call, added, name, inputs, stats, written.get("k"), written.get("v"))
+            compute_dkdv(shared, name, written.get("k"), written.get("v"))
         if "q" in needs:
-            compute_dq(call, added, inputs, stats, written["q"])
-        found = term_gradients(call, added, inputs, stats, needs)
+            compute_dq(shared, written["q"])
+        found = term_gradients(shared, needs)
     for name, grad in grads.items():
         if written[name] is not grad:
             grad.copy_(written[name])
@@ -305,16 +305,9 @@ def writable(grad: Tensor) -> Tensor:
     return grad if grad.stride(-1) == 1 else torch.empty_like(grad, memory_format=contiguous)
 
 
-def compute_dkdv(
-    call: launching.Setup,
-    added: terms.Terms,
-    name: tuning.Pass,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    stats: Tensor,
-    dk: Tensor | None,
-    dv: Tensor | None,
-) -> None:
+def compute_dkdv(shared: Shared, name: tuning.Pass, dk: Tensor | None, dv: Tensor | None) -> None:
     """Writes dk and dv, or one of them, from q, k, v and dout."""
+    call, added, inputs, stats = shared
     n_batch, n_heads, group, n_queries, n_keys = call.sizes
     tile, fixed = call.tuned(name)
     # What a pass does not write it does not touch: any tensor may stand in for it.
@@ -339,14 +332,9 @@ def compute_dkdv(
     )
 
 
-def compute_dq(
-    call: launching.Setup,
-    added: terms.Terms,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    stats: Tensor,
-    dq: Tensor,
-) -> None:
+def compute_dq(shared: Shared, dq: Tensor) -> None:
     """Writes dq from q, k, v and dout."""
+    call, added, inputs, stats = shared
     n_batch, n_heads, group, n_queries, n_keys = call.sizes
     tile, fixed = call.tuned("dq")
     n_tiles = triton.cdiv(n_queries, tile.BM)

@@ -13,7 +13,7 @@ a cap, and in `terms` a tuple of pointers for each term.
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from flashpatch_kernels.triton.tiles import LOG2E
 
 
 @triton.jit

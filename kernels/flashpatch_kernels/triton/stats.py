@@ -1,5 +1,7 @@
 """What every kernel of the backward pass reads of a query: its lse in base 2, and its delta."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -7,8 +9,8 @@ from torch import Tensor
 
 from flashpatch_kernels.triton import launching, tiles
 from flashpatch_kernels.triton.compiling import kernel
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from flashpatch_kernels.triton.terms import Terms
+from flashpatch_kernels.triton.tiles import LOG2E
 
 
 @kernel
@@ -55,6 +57,20 @@ def load_stats(stats, n_rows, head, start, n_queries, BM: tl.constexpr, EDGE: tl
         return lse, tl.load(at + n_rows, mask=i < n_queries, other=0.0)
     else:
         return tl.load(at), tl.load(at + n_rows)
+
+
+class Shared(NamedTuple):
+    """What the launches of one backward pass share.
+
+    Attributes:
+        inputs: q, k, v and dout.
+        stats: As `compute_stats` gives them.
+    """
+
+    call: launching.Setup
+    added: Terms
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor]
+    stats: Tensor
 
 
 def compute_stats(

@@ -21,9 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from flashpatch_kernels.masks import Band
-from flashpatch_kernels.triton import dropout, launching, scores, terms, tiles
+from flashpatch_kernels.triton import dropout, launching, scores, tiles
 from flashpatch_kernels.triton.compiling import kernel
-from flashpatch_kernels.triton.stats import load_stats
+from flashpatch_kernels.triton.stats import Shared, load_stats
 
 # Tiles that one program sums along a diagonal, so that long diagonals keep many programs busy.
 CHUNK = 32
@@ -211,36 +211,29 @@ def diagonals_kernel(
     tl.store(OUT + head * n_entries + x, total.to(OUT.dtype.element_ty), mask=x < n_entries)
 
 
-def term_gradients(
-    call: launching.Setup,
-    added: terms.Terms,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    stats: Tensor,
-    needs: frozenset[str],
-) -> dict[str, Tensor]:
+def term_gradients(shared: Shared, needs: frozenset[str]) -> dict[str, Tensor]:
     """The gradients of a call's terms that `needs` names, among "table", "bias" and "sinks"."""
-    table, bias, sinks = call.options.table, call.options.bias, call.options.sinks
+    options = shared.call.options
+    table, bias, sinks = options.table, options.bias, options.sinks
     grads: dict[str, Tensor] = {}
     if table is not None and "table" in needs:
-        grads["table"] = table_gradient(call, added, inputs, stats, table)
+        grads["table"] = table_gradient(shared, table)
     if bias is not None and "bias" in needs:
-        grads["bias"] = bias_gradient(call, added, inputs, stats, bias)
+        grads["bias"] = bias_gradient(shared, bias)
     if sinks is not None and "sinks" in needs:
-        grads["sinks"] = sinks_gradient(stats, sinks)
+        grads["sinks"] = sinks_gradient(shared.stats, sinks)
     return grads
 
 
 def sum_gradient(
-    call: launching.Setup,
-    added: terms.Terms,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    stats: Tensor,
+    shared: Shared,
     out: Tensor,
     functions: tuple[Any, Any, Any],
     n_programs: int,
     walk: tuple[int, int, int, int],
 ) -> None:
     """Launches `sums_kernel` with the three functions of one kind of sum."""
+    call, added, inputs, stats = shared
     tile, fixed = call.tuned("sums")
     launching.launch(
         sums_kernel,
@@ -264,14 +257,9 @@ def sum_gradient(
     )
 
 
-def bias_gradient(
-    call: launching.Setup,
-    added: terms.Terms,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    stats: Tensor,
-    bias: Tensor,
-) -> Tensor:
+def bias_gradient(shared: Shared, bias: Tensor) -> Tensor:
     """The gradient of a bias [B|1, H|1, N|1, M]."""
+    call = shared.call
     _, _, _, n_queries, n_keys = call.sizes
     rows, heads, n_rows, _ = bias.shape
     tile, _ = call.tuned("sums")
@@ -281,18 +269,13 @@ def bias_gradient(
     if n_rows == n_queries > 1:
         n_programs *= triton.cdiv(n_queries, tile.BM)
         functions = (bias_steps, bias_place, bias_finish)
-    sum_gradient(call, added, inputs, stats, out, functions, n_programs, (rows, heads, 0, 0))
+    sum_gradient(shared, out, functions, n_programs, (rows, heads, 0, 0))
     return out
 
 
-def table_gradient(
-    call: launching.Setup,
-    added: terms.Terms,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    stats: Tensor,
-    table: Tensor,
-) -> Tensor:
+def table_gradient(shared: Shared, table: Tensor) -> Tensor:
     """The gradient of a table [H, T]."""
+    call = shared.call
     n_batch, n_heads, _, n_queries, n_keys = call.sizes
     tile, _ = call.tuned("sums")
     size = tile.BM
@@ -310,7 +293,7 @@ def table_gradient(
     functions = (table_steps, table_place, table_finish)
     walk = (first, n_diagonals, n_chunks, CHUNK)
     n_programs = n_heads * n_diagonals * n_chunks
-    sum_gradient(call, added, inputs, stats, sums, functions, n_programs, walk)
+    sum_gradient(shared, sums, functions, n_programs, walk)
     n_entries, width = table.shape[1], 128
     launching.launch(
         diagonals_kernel,

@@ -12,11 +12,11 @@ from torch import Tensor
 from flashpatch_kernels.options import Options
 from flashpatch_kernels.triton import launching, scores
 from flashpatch_kernels.triton.compiling import kernel
+from flashpatch_kernels.triton.tiles import LOWEST
 from flashpatch_kernels.tuning import Tile
 
 # Entries that copies of a table have on either side of it, for tiles that reach beyond the ends.
 BEYOND = 128
-LOWEST = tl.constexpr(-1.0e38)
 
 
 class Terms(NamedTuple):
@@ -30,11 +30,11 @@ class Terms(NamedTuple):
         numbers: bias_batch, bias_head, bias_row, table_row, as kernels take them.
     """
 
-    functions: tuple[Any, ...] = ()
-    pointers: tuple[tuple[Tensor, ...], ...] = ()
-    transposed: tuple[Any, ...] = ()
-    transposed_pointers: tuple[tuple[Tensor, ...], ...] = ()
-    numbers: tuple[int, int, int, int] = (0, 0, 0, 0)
+    functions: tuple[Any, ...]
+    pointers: tuple[tuple[Tensor, ...], ...]
+    transposed: tuple[Any, ...]
+    transposed_pointers: tuple[tuple[Tensor, ...], ...]
+    numbers: tuple[int, ...]
 
     @property
     def code(self) -> str:
@@ -50,30 +50,28 @@ def _code(*functions: Any) -> str:
 
 def terms_of(options: Options, n_queries: int, n_keys: int, dtype: torch.dtype) -> Terms:
     """The terms of a call of N queries and M keys."""
-    table, bias = options.table, options.bias
-    terms, row = Terms(), 0
-    if table is not None:
-        copies, transposed = table_copies(table, n_queries, n_keys, dtype)
-        row = copies.shape[-1]
-        terms = Terms(
-            (scores.add_table,),
-            ((copies[..., _middle(n_queries) :],),),
-            (scores.add_table_transposed,),
-            ((transposed[..., _middle(n_keys) :],),),
-        )
-    if bias is not None:
+    terms: list[tuple[Any, Tensor]] = []
+    transposed: list[tuple[Any, Tensor]] = []
+    bias_strides, table_row = [0, 0, 0], 0
+    if options.table is not None:
+        copies, reversed_copies = table_copies(options.table, n_queries, n_keys, dtype)
+        terms.append((scores.add_table, copies[..., _middle(n_queries) :]))
+        transposed.append((scores.add_table_transposed, reversed_copies[..., _middle(n_keys) :]))
+        table_row = copies.shape[-1]
+    if options.bias is not None:
+        bias = options.bias
         bias = bias if bias.stride(-1) == 1 or n_keys == 1 else bias.contiguous()
-        one_row = bias.shape[2] == 1
-        add = scores.add_key_bias if one_row else scores.add_bias
-        numbers = launching.strides(bias)
-        terms = Terms(
-            (*terms.functions, add),
-            (*terms.pointers, (bias,)),
-            (*terms.transposed, add),
-            (*terms.transposed_pointers, (bias,)),
-            (numbers[0], numbers[1], numbers[2], row),
-        )
-    return terms._replace(numbers=(*terms.numbers[:3], row))
+        add = scores.add_key_bias if bias.shape[2] == 1 else scores.add_bias
+        terms.append((add, bias))
+        transposed.append((add, bias))
+        bias_strides = launching.strides(bias)
+    return Terms(
+        tuple(function for function, _ in terms),
+        tuple((tensor,) for _, tensor in terms),
+        tuple(function for function, _ in transposed),
+        tuple((tensor,) for _, tensor in transposed),
+        (*bias_strides, table_row),
+    )
 
 
 def _middle(n: int) -> int:
