@@ -197,12 +197,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rep", type=int, default=60, help="milliseconds a measurement")
     parser.add_argument("--commit", default="unknown", help="of the code that runs")
+    parser.add_argument("--only", default="", help="groups whose name contains this")
     parser.add_argument("--dry", action="store_true", help="once, in small, on a CPU")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     on = CPU if arguments.dry else GPU
     rows: list[dict[str, Any]] = []
     for group, cases in groups(on):
+        if arguments.only not in group:
+            continue
         first: dict[str, float] = {}
         for case in cases:
             try:

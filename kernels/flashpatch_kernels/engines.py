@@ -54,6 +54,7 @@ class Call:
         mixed: Whether q, k and v differ in dtype or device.
         mask: The mask's record: `Band` with its numbers; the others by kind.
         one_row: Whether every query sees the same keys, as far as the shapes tell.
+        table: Whether there is a bias by distance, of a table or of slopes.
         needs_grad: Whether a gradient may be asked for.
         lse: Whether the caller wants the log-sum-exp.
     """
@@ -74,6 +75,8 @@ class Call:
     one_row: bool = True
     softcap: bool = False
     table: bool = False
+    relative: bool = False
+    score: bool = False
     bias: bool = False
     bias_one_row: bool = False
     bias_grad: bool = False
@@ -85,8 +88,8 @@ class Call:
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor, options: Options, *, lse: bool = False) -> "Call":
         """The record of a call with these tensors."""
-        mask, table, bias, sinks = options.mask, options.table, options.bias, options.sinks
-        tensors = (q, k, v, table, bias, sinks)
+        mask, bias, terms = options.mask, options.bias, options.terms
+        relative = (options.relative_queries, options.relative_keys, options.relative_values)
         dtype = computing_dtype(q)
         alike = all(
             x.device == q.device and (x.dtype == q.dtype or computing_dtype(x) == dtype)
@@ -115,13 +118,15 @@ class Call:
             band=mask if isinstance(mask, Band) else None,
             one_row=one_row,
             softcap=options.softcap is not None,
-            table=table is not None,
+            table=options.table is not None or options.slopes is not None,
+            relative=any(x is not None for x in relative),
+            score=options.score is not None,
             bias=bias is not None,
             bias_one_row=bias is not None and bias.shape[2] == 1,
             bias_grad=grad and bias is not None and bias.requires_grad,
-            sinks=sinks is not None,
+            sinks=options.sinks is not None,
             dropout=options.dropout,
-            needs_grad=grad and any(x is not None and x.requires_grad for x in tensors),
+            needs_grad=grad and any(x.requires_grad for x in (q, k, v, *terms.values())),
             lse=lse,
         )
 
@@ -249,6 +254,10 @@ TRITON = Engine(
         ),
         (Reason("TRITON_SOFTCAP", "the Triton kernels have no softcap"), lambda c: not c.softcap),
         (Reason("TRITON_TABLE", "the Triton kernels take no table"), lambda c: not c.table),
+        (
+            Reason("TRITON_RELATIVE", "the Triton kernels take no vectors by distance"),
+            lambda c: not c.relative,
+        ),
         (Reason("TRITON_BIAS", "the Triton kernels take no bias"), lambda c: not c.bias),
         (Reason("TRITON_SINKS", "the Triton kernels take no sinks"), lambda c: not c.sinks),
         (Reason("TRITON_DROPOUT", "the Triton kernels have no dropout"), lambda c: not c.dropout),
@@ -270,6 +279,14 @@ SDPA = Engine(
     requirements=(
         (Reason("SDPA_LSE", "PyTorch's attention does not return the lse"), lambda c: not c.lse),
         (Reason("SDPA_SOFTCAP", "PyTorch's attention has no softcap"), lambda c: not c.softcap),
+        (
+            Reason("SDPA_RELATIVE", "PyTorch's attention takes no vectors by distance"),
+            lambda c: not c.relative,
+        ),
+        (
+            Reason("SDPA_SCORE", "PyTorch's attention runs no Triton function"),
+            lambda c: not c.score,
+        ),
         (Reason("SDPA_SINKS", "PyTorch's attention takes no sinks"), lambda c: not c.sinks),
         (
             Reason("SDPA_DTYPE", "PyTorch's attention is not fused in float64 on a CUDA device"),
@@ -298,8 +315,10 @@ SDPA = Engine(
     ),
 )
 
+SCORE = Reason("TILED_SCORE", "a Triton function on scores runs on the Triton engine only")
 TILED = Engine(
     "tiled",
+    requirements=((SCORE, lambda c: not c.score),),
     preferences=(
         (
             Reason("TILED_CUDA", "a CUDA device has faster engines"),
@@ -310,7 +329,7 @@ TILED = Engine(
 
 # In order of preference. `reference` is not among them: it is run only when asked for by name.
 ENGINES = (TRITON, SDPA, TILED)
-REFERENCE = Engine("reference")
+REFERENCE = Engine("reference", requirements=((SCORE, lambda c: not c.score),))
 
 
 def why_not(engine: Engine, call: Call) -> Reason | None:

@@ -4,8 +4,8 @@
 schema can say, and the engine's name. They are what autograd, torch.compile and checkpointing see.
 """
 
-import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -14,17 +14,21 @@ import torch
 from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
-from flashpatch_kernels import masks, reference, sdpa, second_order
-from flashpatch_kernels.engines import (
-    ENGINES,
-    REFERENCE,
-    Call,
-    choose,
-    computing_dtype,
-    why_not,
-)
+from flashpatch_kernels import checks, masks, reference, sdpa, second_order
+from flashpatch_kernels.engines import Call, choose, computing_dtype
 from flashpatch_kernels.masks import Band, Boolean, Intervals, Mask
-from flashpatch_kernels.options import Options
+from flashpatch_kernels.options import TERMS, Options, Relative, Score
+
+# Arguments of `attention` that go by the distance of query and key, or by their place.
+PLACED = (
+    "table",
+    "slopes",
+    "bias",
+    "relative_queries",
+    "relative_keys",
+    "relative_values",
+    "score",
+)
 
 
 def attention(
@@ -37,15 +41,20 @@ def attention(
     mask: Bool[Tensor, "..."] | Int32[Tensor, "..."] | Mask | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    table: Float[Tensor, "H N+M-1"] | None = None,
+    table: Float[Tensor, "H T"] | None = None,
+    first: int | None = None,
     slopes: Float[Tensor, "H"] | None = None,
     bias: Float[Tensor, "#B #H #N M"] | None = None,
     sinks: Float[Tensor, "H"] | None = None,
+    relative_queries: Relative | None = None,
+    relative_keys: Relative | None = None,
+    relative_values: Relative | None = None,
+    score: Score | None = None,
     dropout: float = 0.0,
     engine: str | None = None,
     return_lse: bool = False,
 ) -> Float[Tensor, "B H N Dv"] | tuple[Float[Tensor, "B H N Dv"], Float[Tensor, "B H N"]]:
-    """softmax(cap(q k^T * scale) + table + bias) v over the keys that each query sees.
+    """softmax(cap(q k^T * scale) + biases) v over the keys that each query sees.
 
     The N x M matrix is never formed. H may be a multiple of H_kv: each key head then serves
     H / H_kv query heads. `causal`, `window` and `mask` intersect. With `causal` or `window` the
@@ -55,8 +64,8 @@ def attention(
     A query that sees no key gives 0 and a gradient of 0.
 
     Args:
-        q: Queries, of any stride. Differentiable, as are k, v, table, slopes, bias and
-            sinks.
+        q: Queries, of any stride. Differentiable, as are k, v, table, slopes, bias, sinks and the
+            tensors of a Relative.
         k: Keys.
         v: Values; their size may differ from that of the keys.
         causal: Hide the keys after the query.
@@ -66,10 +75,21 @@ def attention(
             intervals lo <= j < hi, or a record of `flashpatch_kernels.masks`.
         scale: Factor on the products; None means D ** -0.5.
         softcap: Bound on the scores: s becomes softcap * tanh(s / softcap), before the biases.
-        table: One bias per head and distance: entry j - i + N - 1 for query i and key j.
-        slopes: ALiBi's: adds -slopes[h] |i + M - N - j|, a table that is made of them.
+        table: One bias per head and distance j - i of query i and key j.
+        first: The distance of the table's entry 0. Those beyond either end have the bias of that
+            end: T5's table needs no more entries than its buckets tell apart. None: the table has
+            all N + M - 1 distances, and begins at 1 - N.
+        slopes: ALiBi's: adds -slopes[h] |i + M - N - j|.
         bias: Added to the scores. One below -1e38 hides its key, as -inf does.
         sinks: One logit per head that takes weight and gives no value.
+        relative_queries: Adds x_i . w(i, j) to the scores: x are its vectors [B, H, N, E], and
+            w(i, j) its embedding of the distance j - i. Shaw's vectors on keys, with x = q * scale;
+            Transformer-XL's; DeBERTa's content to position.
+        relative_keys: Adds y_j . u(i, j) likewise, y [B, H, M, E]: DeBERTa's position to content.
+        relative_values: Adds to the value of each pair its embedding of the distance: Shaw's
+            vectors on values.
+        score: A Triton function of your own on the scores, after softcap and before all biases;
+            on the Triton engine only.
         dropout: Probability that a weight is dropped. Its mask comes from a seed that is drawn
             from torch's generator.
         engine: Name of the engine that must compute it; None chooses one.
@@ -81,21 +101,30 @@ def attention(
         ValueError: An argument has a wrong value, shape or device, or the engine that was asked for
             cannot serve the call; the message has the reason.
 
-    Source: Dao, FlashAttention-2 (2023); for slopes Press et al., ALiBi (2022), section 3.
+    Source: Dao, FlashAttention-2 (2023); the sources of the terms stand in `Options`.
     """
-    _check_tensors(q, k, v)
+    checks.check_tensors(q, k, v)
+    table, first = checks.to_table(table, first, q, k)
     options = Options(
-        mask=_mask(q, k, causal=causal, window=window, mask=mask),
-        scale=_scale(scale, q.shape[3]),
-        softcap=_softcap(softcap),
-        table=_table(table, slopes, q, k),
-        bias=_bias(bias, q, k),
-        sinks=_term("sinks", sinks, (q.shape[1],), q),
-        dropout=_dropout(dropout),
-        seed=_seed(q.device) if dropout else None,
+        mask=checks.to_mask(q, k, causal=causal, window=window, mask=mask),
+        scale=checks.to_scale(scale, q.shape[3]),
+        softcap=checks.to_softcap(softcap),
+        table=table,
+        first=first,
+        slopes=checks.to_term("slopes", slopes, (q.shape[1],), q),
+        bias=checks.to_term("bias", bias, (*q.shape[:3], k.shape[2]), q, broadcast=(0, 1, 2)),
+        sinks=checks.to_term("sinks", sinks, (q.shape[1],), q),
+        relative_queries=checks.to_relative("relative_queries", relative_queries, q, None, q),
+        relative_keys=checks.to_relative("relative_keys", relative_keys, k, None, q),
+        relative_values=checks.to_relative("relative_values", relative_values, None, v.shape[3], q),
+        score=checks.to_score(score, q),
+        dropout=checks.to_dropout(dropout),
+        seed=checks.new_seed(q.device) if dropout else None,
     )
     call = Call.of(q, k, v, options, lse=return_lse)
-    out, lse = run(q, k, v, options, choose(call).name if engine is None else _named(engine, call))
+    out, lse = run(
+        q, k, v, options, choose(call).name if engine is None else checks.named(engine, call)
+    )
     if not return_lse:
         return out
     assert lse is not None
@@ -125,7 +154,7 @@ def attention_varlen(
         causal: As for `attention`, within each document.
         window: Likewise.
         options: The other arguments of `attention`. Those that go by the distance of query and key
-            or by their place, `table`, `slopes` and `bias`, only without `cu_seqlens_k`.
+            or by their place (see `PLACED`) only without `cu_seqlens_k`.
 
     Raises:
         TypeError: As `attention`, or `cu_seqlens` is not of integers.
@@ -135,21 +164,21 @@ def attention_varlen(
     keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.dim() != 3:
-            shape = _size(x) if isinstance(x, Tensor) else type(x).__name__
+            shape = checks.size(x) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must have 3 dimensions (N, H, D), not {shape}")
     for name, x in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", keys)):
         if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name} must be int32 or int64, not {kind}")
         if x.dim() != 1 or x.shape[0] < 2 or x.shape != cu_seqlens.shape:
-            raise ValueError(f"{name} must have shape (documents + 1,), not {_size(x)}")
-        _check_device(name, x, q)
+            raise ValueError(f"{name} must have shape (documents + 1,), not {checks.size(x)}")
+        checks.check_device(name, x, q)
     if "mask" in options:
         raise ValueError("attention_varlen takes no mask: the documents are the mask")
-    placed = [name for name in ("table", "slopes", "bias") if options.get(name) is not None]
+    placed = [name for name in PLACED if options.get(name) is not None]
     if placed and cu_seqlens_k is not None:
         raise ValueError(f"{placed[0]} goes by places, which cu_seqlens_k makes differ")
-    left, right = _sides(causal=causal, window=window)
+    left, right = checks.to_sides(causal=causal, window=window)
     mask = masks.varlen(cu_seqlens, keys, q.shape[0], left, right)
     found = attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), mask=mask, **options)
     if isinstance(found, Tensor):
@@ -179,6 +208,7 @@ def _flat(options: Options) -> tuple[Any, ...]:
     """The record as arguments of the schema."""
     mask = options.mask
     band = mask if isinstance(mask, Band) else Band()
+    score = options.score
     return (
         band.left,
         band.right,
@@ -189,8 +219,16 @@ def _flat(options: Options) -> tuple[Any, ...]:
         options.scale,
         options.softcap,
         options.table,
+        options.first,
+        options.slopes,
+        options.offset,
         options.bias,
         options.sinks,
+        *_flat_relative(options.relative_queries),
+        *_flat_relative(options.relative_keys),
+        *_flat_relative(options.relative_values),
+        None if score is None else _name(score),
+        [] if score is None else list(score.arguments),
         options.dropout,
         options.seed,
     )
@@ -206,20 +244,51 @@ def _record(
     *rest: Any,
 ) -> Options:
     """The arguments of the schema as a record."""
+    plain, relative, (name, tensors, *drop) = rest[:8], rest[8:17], rest[17:]
+    mask: Mask = Band(left, right, offset)
     if allowed is not None:
-        return Options(Boolean(allowed), *rest)
-    if bounds is not None:
-        return Options(Intervals(bounds, runs), *rest)
-    return Options(Band(left, right, offset), *rest)
+        mask = Boolean(allowed)
+    elif bounds is not None:
+        mask = Intervals(bounds, runs)
+    score = None if name is None else replace(_SCORES[name], arguments=tuple(tensors))
+    records = [
+        None if embeddings is None else Relative(embeddings, first, vectors)
+        for vectors, embeddings, first in (relative[:3], relative[3:6], relative[6:])
+    ]
+    return Options(mask, *plain, *records, score, *drop)  # pyright: ignore[reportCallIssue]
+
+
+def _flat_relative(relative: Relative | None) -> tuple[Tensor | None, Tensor | None, int]:
+    if relative is None:
+        return None, None, 0
+    return relative.vectors, relative.embeddings, relative.first
+
+
+# The users' functions, of which a schema can say the names only.
+_SCORES: dict[str, Score] = {}
+
+
+def _name(score: Score) -> str:
+    """The name under which the operators find a function."""
+    functions = [f for f in (score.function, score.derivative) if f is not None]
+    name = " ".join(f"{f.__module__}.{f.__qualname__}.{id(f)}" for f in functions)
+    _SCORES.setdefault(name, replace(score, arguments=()))
+    return name
 
 
 _OPTIONS = (
     "SymInt? left, SymInt? right, SymInt offset, Tensor? bounds, Tensor? runs, Tensor? allowed, "
-    "float scale, float? softcap, Tensor? table, Tensor? bias, Tensor? sinks, float dropout, "
-    "Tensor? seed"
+    "float scale, float? softcap, Tensor? table, SymInt? first, Tensor? slopes, SymInt? origin, "
+    "Tensor? bias, Tensor? sinks, "
+    "Tensor? query_vectors, Tensor? query_embeddings, SymInt query_first, "
+    "Tensor? key_vectors, Tensor? key_embeddings, SymInt key_first, "
+    "Tensor? value_vectors, Tensor? value_embeddings, SymInt value_first, "
+    "str? score, Tensor[] score_arguments, float dropout, Tensor? seed"
 )
-_TERMS = ("table", "bias", "sinks")
-_DIFFERENTIABLE = {"q": 0, "k": 1, "v": 2, "table": 12, "bias": 13, "sinks": 14}
+# Where the differentiable tensors stand among the options.
+_NAMES = [argument.split()[1] for argument in _OPTIONS.split(", ")]
+_DIFFERENTIABLE = {name: 4 + _NAMES.index(name) for name in TERMS} | {"q": 0, "k": 1, "v": 2}
+_DIFFERENTIABLE = dict(sorted(_DIFFERENTIABLE.items(), key=lambda item: item[1]))
 
 library = torch.library.Library("flashpatch", "DEF")
 library.define(f"forward(Tensor q, Tensor k, Tensor v, str engine, {_OPTIONS}) -> (Tensor, Tensor)")
@@ -289,9 +358,8 @@ def _fake_backward(
 ) -> list[Tensor]:
     record = _record(*options)
     tensors = {"q": q, "k": k, "v": v}
-    terms = {"table": record.table, "bias": record.bias, "sinks": record.sinks}
     grads = {name: torch.empty_like(x) for name, x in tensors.items()}
-    grads.update({name: x.new_empty(x.shape) for name, x in terms.items() if x is not None})
+    grads.update({name: x.new_empty(x.shape) for name, x in record.terms.items()})
     return [grads[name] for name in needs]
 
 
@@ -308,7 +376,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     q, k, v, out, lse, *tensors = ctx.saved_tensors
     options = [p if x is None else x for p, x in zip(ctx.plain, tensors, strict=True)]
     needs = [name for name, at in _DIFFERENTIABLE.items() if ctx.needs_input_grad[at]]
-    grads: list[Tensor | None] = [None] * (4 + len(options))
+    grads: list[Any] = [None] * 4 + _none_of(options)
     if dout is None and dlse is None:
         return tuple(grads)
     if dout is None:
@@ -332,7 +400,13 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return _differentiate(ctx, *grads)
+        found = _differentiate(ctx, *grads)
+        return tuple(None if isinstance(x, list) else x for x in found)
+
+
+def _none_of(options: list[Any]) -> list[Any]:
+    """No gradient for any of the options: a list of none for a list."""
+    return [[None] * len(x) if isinstance(x, list) else None for x in options]
 
 
 def _save_twice(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:  # noqa: ARG001
@@ -356,7 +430,7 @@ def _differentiate_twice(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any
     if torch.is_grad_enabled():
         raise NotImplementedError("attention has no third derivative")
     inputs = {"q": q, "k": k, "v": v, "dout": dout, "dlse": dlse}
-    inputs |= {name: getattr(options, name) for name in _TERMS}
+    inputs |= options.terms
     found = second_order.differentiate(
         {name: x for name, x in inputs.items() if x is not None},
         options,
@@ -364,8 +438,8 @@ def _differentiate_twice(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any
     )
     first = [found.get(name) for name in ("dout", "dlse", "q", "k", "v")]
     before = [*first, None, None, None, None]  # then the output, the lse, engine and needs
-    grads: list[Tensor | None] = [*before, *(None for _ in flat)]
-    for name in _TERMS:
+    grads: list[Any] = [*before, *_none_of(flat)]
+    for name in TERMS:
         # both schemas end with the options; that of `forward` has 4 arguments before them
         grads[_DIFFERENTIABLE[name] - 4 + len(before)] = found.get(name)
     return tuple(grads)
@@ -381,228 +455,3 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "flashpatch::backward", _differentiate_twice, setup_context=_save_twice, lib=library
 )
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
-        if x.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions (B, H, N, D), not shape {_size(x)}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must be of a floating point dtype, not {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, q on {q.device}")
-        if computing_dtype(x) != computing_dtype(q):
-            raise TypeError(f"{name} is {x.dtype}, q is {q.dtype}")
-    if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise ValueError(f"q, k and v differ in batch: {_size(q)}, {_size(k)}, {_size(v)}")
-    if k.shape[1:3] != v.shape[1:3]:
-        raise ValueError(f"k and v differ in heads or length: {_size(k)}, {_size(v)}")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k differ in head size: {_size(q)}, {_size(k)}")
-    if 0 in (q.shape[3], v.shape[3]):
-        raise ValueError(f"a head size is 0: {_size(q)}, {_size(v)}")
-    if q.shape[1] % k.shape[1] if k.shape[1] else q.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
-
-
-def _mask(
-    q: Tensor,
-    k: Tensor,
-    *,
-    causal: bool,
-    window: int | tuple[int | None, int | None] | None,
-    mask: Tensor | Mask | None,
-) -> Mask:
-    """The intersection of causal, window and mask."""
-    n_queries, n_keys = q.shape[2], k.shape[2]
-    band = _band(n_queries, n_keys, causal=causal, window=window)
-    if mask is None:
-        return band
-    return masks.intersect(band, _given_mask(mask, q, n_keys), n_queries, n_keys, q.device)
-
-
-def _band(
-    n_queries: int,
-    n_keys: int,
-    *,
-    causal: bool,
-    window: int | tuple[int | None, int | None] | None,
-) -> Band:
-    left, right = _sides(causal=causal, window=window)
-    offset = n_keys - n_queries
-    # A limit that hides nothing is none: one query at the end is not causal but full.
-    if right is not None and right >= n_queries - 1:
-        right = None
-    if left is not None and left >= n_keys - 1:
-        left = None
-    return Band() if left is None and right is None else Band(left, right, offset)
-
-
-def _sides(
-    *, causal: bool, window: int | tuple[int | None, int | None] | None
-) -> tuple[int | None, int | None]:
-    """How many keys before a query and after it are seen, None without a limit."""
-    left = right = None
-    if isinstance(window, int) and not isinstance(window, bool):
-        if window < 1:
-            raise ValueError(f"window must be at least 1 key, not {window}")
-        left = right = window - 1
-    elif isinstance(window, tuple) and len(window) == 2:
-        left, right = window
-        for side in window:
-            if side is not None and (not isinstance(side, int) or side < 0):
-                raise ValueError(f"a side of window is None or at least 0, not {side!r}")
-    elif window is not None:
-        raise TypeError(f"window must be an int or a pair, not {window!r}")
-    if causal:
-        right = 0
-    return left, right
-
-
-def _given_mask(mask: Tensor | Mask, q: Tensor, n_keys: int) -> Mask:
-    """The mask as a record whose shapes fit."""
-    batch, heads, n_queries, _ = q.shape
-    if isinstance(mask, Tensor):
-        if mask.dtype == torch.bool and mask.dim() == 2:
-            _check_shape("mask", mask, (batch, n_keys), broadcast=(0,))
-            _check_device("mask", mask, q)
-            return masks.key_mask(mask)
-        if mask.dtype == torch.bool and mask.dim() == 4:
-            mask = Boolean(mask)
-        elif mask.dtype == torch.int32 and mask.dim() == 3:
-            mask = Intervals(mask)
-        elif mask.dtype not in (torch.bool, torch.int32):
-            raise TypeError(f"mask must be bool or int32, not {mask.dtype}; scores go in `bias`")
-        else:
-            raise ValueError(
-                "mask must be bool [B|1, M], bool [B|1, H|1, N|1, M] or int32 [B|1, N|1, 2], "
-                f"not {mask.dtype} of shape {_size(mask)}"
-            )
-    if isinstance(mask, Boolean):
-        _check_dtype("mask", mask.allowed, torch.bool)
-        _check_shape("mask", mask.allowed, (batch, heads, n_queries, n_keys), broadcast=(0, 1, 2))
-        _check_device("mask", mask.allowed, q)
-        return mask
-    if isinstance(mask, Intervals):
-        _check_dtype("mask", mask.bounds, torch.int32)
-        _check_shape("mask", mask.bounds, (batch, n_queries, 2), broadcast=(0, 1))
-        _check_device("mask", mask.bounds, q)
-        if mask.runs is not None:
-            _check_dtype("mask's runs", mask.runs, torch.int32)
-            _check_shape("mask's runs", mask.runs, (batch, n_keys), broadcast=(0,))
-            _check_device("mask's runs", mask.runs, q)
-        return Intervals(mask.bounds.clamp(0, n_keys), mask.runs)
-    if isinstance(mask, Band):
-        return mask
-    raise TypeError(f"mask must be a tensor or a mask record, not {type(mask).__name__}")
-
-
-def _scale(scale: float | None, head_size: int) -> float:
-    if scale is None:
-        return head_size**-0.5
-    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
-        raise TypeError(f"scale must be a number, not {scale!r}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, not {scale}")
-    return float(scale)
-
-
-def _softcap(softcap: float | None) -> float | None:
-    if softcap is None:
-        return None
-    if not isinstance(softcap, (int, float)) or isinstance(softcap, bool):
-        raise TypeError(f"softcap must be a number or None, not {softcap!r}")
-    if not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, not {softcap}")
-    return float(softcap)
-
-
-def _dropout(dropout: float) -> float:
-    if not isinstance(dropout, (int, float)) or isinstance(dropout, bool):
-        raise TypeError(f"dropout must be a number, not {dropout!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), not {dropout}")
-    return float(dropout)
-
-
-def _seed(device: torch.device) -> Tensor:
-    """A seed of torch's generator, which checkpoint rewinds before it computes again."""
-    return torch.randint(-(2**62), 2**62, (1,), dtype=torch.int64, device=device)
-
-
-def _term(name: str, x: Tensor | None, shape: tuple[int, ...], q: Tensor) -> Tensor | None:
-    if x is None:
-        return None
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be of a floating point dtype, not {x.dtype}")
-    # Without queries and keys there is no distance at all.
-    _check_shape(name, x, tuple(max(n, 0) for n in shape))
-    _check_device(name, x, q)
-    return x
-
-
-def _table(table: Tensor | None, slopes: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """The table and what slopes add to it."""
-    entries = q.shape[2] + k.shape[2] - 1
-    table = _term("table", table, (q.shape[1], entries), q)
-    slopes = _term("slopes", slopes, (q.shape[1],), q)
-    if slopes is None:
-        return table
-    distance = (torch.arange(max(entries, 0), device=q.device) - (k.shape[2] - 1)).abs()
-    kind = torch.promote_types(slopes.dtype, torch.float32)
-    sloping = -slopes.to(kind)[:, None] * distance
-    return sloping if table is None else table + sloping
-
-
-def _bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    if bias is None:
-        return None
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"bias must be a tensor, not {type(bias).__name__}")
-    if not bias.is_floating_point():
-        raise TypeError(f"bias must be of a floating point dtype, not {bias.dtype}")
-    _check_shape("bias", bias, (*q.shape[:3], k.shape[2]), broadcast=(0, 1, 2))
-    _check_device("bias", bias, q)
-    return bias
-
-
-def _named(engine: str, call: Call) -> str:
-    """The engine's name, after asking whether it can serve the call."""
-    for candidate in (*ENGINES, REFERENCE):
-        if candidate.name == engine:
-            reason = why_not(candidate, call)
-            if reason is not None:
-                raise ValueError(f"engine {engine!r} cannot serve this call: {reason}")
-            return engine
-    names = ", ".join(candidate.name for candidate in (*ENGINES, REFERENCE))
-    raise ValueError(f"engine must be one of {names}, not {engine!r}")
-
-
-def _check_shape(
-    name: str, x: Tensor, shape: tuple[int, ...], broadcast: tuple[int, ...] = ()
-) -> None:
-    fits = x.dim() == len(shape) and all(
-        n == wanted or (n == 1 and at in broadcast)
-        for at, (n, wanted) in enumerate(zip(x.shape, shape, strict=True))
-    )
-    if not fits:
-        words = [f"{n} or 1" if at in broadcast else str(n) for at, n in enumerate(shape)]
-        raise ValueError(f"{name} must have shape ({', '.join(words)}), not {_size(x)}")
-
-
-def _check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
-    if x.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, not {x.dtype}")
-
-
-def _check_device(name: str, x: Tensor, q: Tensor) -> None:
-    if x.device != q.device:
-        raise ValueError(f"{name} is on {x.device}, q on {q.device}")
-
-
-def _size(x: Tensor) -> tuple[int, ...]:
-    return tuple(x.shape)

@@ -1,6 +1,8 @@
 """One attention call's options, as the record that every engine takes beside q, k and v."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -8,21 +10,70 @@ from flashpatch_kernels.masks import Band, Mask
 
 
 @dataclass(frozen=True)
+class Relative:
+    """Vectors that depend on the distance of key and query, and what they are multiplied by.
+
+    The vector of query i and key j is w(i, j) = embeddings[h, clamp(j - i - first, 0, T - 1)].
+
+    Attributes:
+        embeddings: float [H|1, T, E], a vector per distance. Differentiable.
+        first: Distance j - i of entry 0; those beyond either end have the vector of that end.
+        vectors: float [B, H, N, E] of queries or [B, H, M, E] of keys; None where weights take
+            their place. Differentiable.
+    """
+
+    embeddings: Tensor
+    first: int
+    vectors: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """A function of the user's own, in Triton, that makes scores of scores.
+
+    Both functions are `triton.jit` functions of a tile and work element by element. i and j are
+    the places of its queries and keys, index tensors that broadcast to the tile; batch and head are
+    numbers; arguments is a tuple of pointers.
+
+    Attributes:
+        function: (s, i, j, batch, head, arguments) -> the new scores.
+        derivative: (s, i, j, batch, head, arguments, ds) -> the gradient of s from that of the new
+            scores. None says that `function` only adds to s.
+        arguments: Tensors; they get no gradient.
+    """
+
+    function: Any
+    derivative: Any = None
+    arguments: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
 class Options:
     """What is added to softmax(q k^T * scale) v.
 
     The score of query i and key j, before the mask and the softmax, is
-    `cap(q_i . k_j * scale) + table[h, j - i + N - 1] + bias[b, h, i, j]` with
-    `cap(s) = softcap * tanh(s / softcap)`.
+        function(cap(q_i . k_j * scale)) + table[h, clamp(j - i - first, 0, T - 1)]
+        - slopes[h] |i + offset - j| + bias[b, h, i, j] + x_i . w(i, j) + y_j . u(i, j)
+    with cap(s) = softcap * tanh(s / softcap), and x, w, y, u of `relative_queries` and
+    `relative_keys`. The output of query i is sum_j p_ij (v_j + z(i, j)), z of `relative_values`.
 
     Attributes:
         mask: Who sees whom. A query that sees no key gives 0, lse -inf, gradient 0.
         scale: Factor on the products.
         softcap: Bound on the scores, or None. Source: Gemma 2 (2024), section 2.
-        table: float [H, N + M - 1], one bias per head and distance, or None. Differentiable.
+        table: float [H, T], one bias per head and distance, or None. Differentiable.
+        first: Distance j - i of the table's entry 0; beyond either end its last entry holds. None
+            is 1 - N, of a table that has all N + M - 1 distances.
+        slopes: float [H], or None. Differentiable. Source: Press et al., ALiBi (2022), section 3.
+        offset: The key position of query 0, for slopes. None is M - N: the last query stands at the
+            last key.
         bias: float [B|1, H|1, N|1, M], any stride (0 too), or None. Differentiable.
         sinks: float [H], a logit per head that takes weight and gives no value, or None.
             Differentiable. Source: gpt-oss, `eager_attention_forward`.
+        relative_queries: Shaw's keys, Transformer-XL's and DeBERTa's content to position.
+        relative_keys: DeBERTa's position to content.
+        relative_values: Shaw's values. Source: Shaw et al. (2018), equations 3 and 4.
+        score: A function of the user's own, or None.
         dropout: Probability that a weight is dropped; the rest is scaled by 1 / (1 - dropout).
         seed: int64 [1], of the counter-based dropout mask; None when dropout is 0.
     """
@@ -31,7 +82,49 @@ class Options:
     scale: float = 1.0
     softcap: float | None = None
     table: Tensor | None = None
+    first: int | None = None
+    slopes: Tensor | None = None
+    offset: int | None = None
     bias: Tensor | None = None
     sinks: Tensor | None = None
+    relative_queries: Relative | None = None
+    relative_keys: Relative | None = None
+    relative_values: Relative | None = None
+    score: Score | None = None
     dropout: float = 0.0
     seed: Tensor | None = None
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """The differentiable tensors that the call has, by the names of `TERMS`."""
+        found = {name: _get(self, path) for name, path in TERMS.items()}
+        return {name: x for name, x in found.items() if x is not None}
+
+    def with_terms(self, terms: Mapping[str, Tensor]) -> "Options":
+        """The same with other tensors in the place of those named."""
+        changed: dict[str, Any] = {}
+        for name, x in terms.items():
+            owner, _, part = TERMS[name].partition(".")
+            whole = changed.get(owner, getattr(self, owner))
+            changed[owner] = replace(whole, **{part: x}) if part else x
+        return replace(self, **changed)
+
+
+# The name of each differentiable tensor, and where in Options it stands.
+TERMS = {
+    "table": "table",
+    "slopes": "slopes",
+    "bias": "bias",
+    "sinks": "sinks",
+    "query_vectors": "relative_queries.vectors",
+    "query_embeddings": "relative_queries.embeddings",
+    "key_vectors": "relative_keys.vectors",
+    "key_embeddings": "relative_keys.embeddings",
+    "value_embeddings": "relative_values.embeddings",
+}
+
+
+def _get(options: Options, path: str) -> Tensor | None:
+    owner, _, part = path.partition(".")
+    x = getattr(options, owner)
+    return getattr(x, part) if part and x is not None else x

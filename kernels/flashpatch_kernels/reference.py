@@ -8,14 +8,14 @@ from torch import Tensor
 
 from flashpatch_kernels import dropout
 from flashpatch_kernels.masks import allowed
-from flashpatch_kernels.options import Options
+from flashpatch_kernels.options import Options, Relative
 
 # A bias below this hides its key, as -inf does: float32's lowest number is used for that.
 HIDES = -1e38
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """softmax(cap(q k^T * scale) + table + bias, sinks) v, and the log-sum-exp of its scores.
+    """The equations of `Options`, and the log-sum-exp of the scores.
 
     Returns:
         out [B, H, N, Dv] in q's dtype and lse [B, H, N] in float32 (float64 for float64).
@@ -29,10 +29,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor
     if options.softcap is not None:
         s = options.softcap * torch.tanh(s / options.softcap)
     if options.table is not None:
-        s = s + dense_table(options.table.double(), n_queries, n_keys)
+        first = 1 - n_queries if options.first is None else options.first
+        at = distances(n_queries, n_keys, first, options.table.shape[1], q.device)
+        s = s + options.table.double()[:, at]
+    if options.slopes is not None:
+        offset = n_keys - n_queries if options.offset is None else options.offset
+        away = distances(n_queries, n_keys, offset, None, q.device).abs()
+        s = s - options.slopes.double()[:, None, None] * away
     if options.bias is not None:
         bias = options.bias.double()
         s = s + bias.masked_fill(bias < HIDES, -torch.inf)
+    if options.relative_queries is not None:
+        x, w = vectors(options.relative_queries, n_queries, n_keys)
+        s = s + torch.einsum("bhne,hnme->bhnm", x, w.expand(heads, -1, -1, -1))
+    if options.relative_keys is not None:
+        y, u = vectors(options.relative_keys, n_queries, n_keys)
+        s = s + torch.einsum("bhme,hnme->bhnm", y, u.expand(heads, -1, -1, -1))
     s = s.masked_fill(~allowed(options.mask, n_queries, n_keys, q.device), -torch.inf)
 
     sinks = s.new_full((heads,), -torch.inf) if options.sinks is None else options.sinks.double()
@@ -50,11 +62,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor
         kept = dropout.keep(options.seed, options.dropout, batch, heads, n_queries, n_keys)
         p = p * kept / dropout.keep_probability(options.dropout)
     out = p @ v
+    if options.relative_values is not None:
+        _, z = vectors(options.relative_values, n_queries, n_keys)
+        out = out + torch.einsum("bhnm,hnme->bhne", p, z.expand(heads, -1, -1, -1))
     return out.to(q.dtype), lse.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
-def dense_table(table: Tensor, n_queries: int, n_keys: int) -> Tensor:
-    """The table [H, N + M - 1] as a bias [H, N, M]: entry j - i + N - 1 for query i and key j."""
-    i = torch.arange(n_queries, device=table.device)[:, None]
-    j = torch.arange(n_keys, device=table.device)
-    return table[:, j - i + n_queries - 1]
+def distances(
+    n_queries: int, n_keys: int, first: int, entries: int | None, device: torch.device
+) -> Tensor:
+    """The distance j - i of query i and key j, less `first`, among 0 .. entries - 1: [N, M]."""
+    i = torch.arange(n_queries, device=device)[:, None]
+    at = torch.arange(n_keys, device=device) - i - first
+    return at if entries is None else at.clamp(0, entries - 1)
+
+
+def vectors(relative: Relative, n_queries: int, n_keys: int) -> tuple[Tensor, Tensor]:
+    """The vectors, and the embedding of every pair, [H|1, N, M, E], in float64."""
+    table = relative.embeddings.double()
+    at = distances(n_queries, n_keys, relative.first, table.shape[1], table.device)
+    x = table if relative.vectors is None else relative.vectors.double()
+    return x, table[:, at]

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from flashpatch_kernels import masks
+from flashpatch_kernels.distances import whole_table
 from flashpatch_kernels.engines import key_range
 from flashpatch_kernels.masks import Band
 from flashpatch_kernels.options import Options
@@ -57,14 +58,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
 
 def _bias(q: Tensor, k: Tensor, options: Options) -> Tensor | None:
     """Table and bias as one tensor in q's dtype, [B|1, H|1, N|1, M]."""
-    if options.table is None:
+    whole = whole_table(options, q.shape[2], k.shape[2])
+    if whole is None:
         if options.bias is None:
             return None
         # A parameter would keep PyTorch from its fused kernel even where no gradient is wanted.
         bias = options.bias if torch.is_grad_enabled() else options.bias.detach()
         return bias.to(q.dtype)
     # Row i begins at entry N - 1 - i; PyTorch's gradient of this is faster than that of a gather.
-    table = options.table.unfold(1, k.shape[2], 1).flip(1)[None]
+    table = whole.unfold(1, k.shape[2], 1).flip(1)[None]
     return (table if options.bias is None else table + options.bias).to(q.dtype)
 
 

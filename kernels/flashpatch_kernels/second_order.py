@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashpatch_kernels import reference
 from flashpatch_kernels.masks import rows
-from flashpatch_kernels.options import Options
+from flashpatch_kernels.options import Options, Relative
 
 ROWS = 64
 
@@ -25,7 +25,7 @@ def differentiate(
     """The gradient, by `inputs`, of the sum of cotangents times first gradients.
 
     Args:
-        inputs: "q", "k", "v", "dout", and where there are some "dlse", "table", "bias", "sinks".
+        inputs: "q", "k", "v", "dout", and where there are some "dlse" and the terms of the call.
         options: The rest of the call.
         cotangents: By the names of the tensors whose gradients they weigh.
 
@@ -36,10 +36,10 @@ def differentiate(
     totals = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in inputs.items()}
     for start in range(0, n_queries, ROWS):
         stop = min(start + ROWS, n_queries)
-        at = {name: _part(name, x, start, stop, n_queries, n_keys) for name, x in inputs.items()}
+        at = {name: _part(name, x, start, stop) for name, x in inputs.items()}
         found = _of_tile(
             {name: x[at[name]] for name, x in inputs.items()},
-            replace(options, mask=rows(options.mask, start, stop)),
+            _rows(options, start, stop, n_queries, n_keys),
             {name: x[at[name]] for name, x in cotangents.items()},
         )
         for name, x in found.items():
@@ -47,15 +47,30 @@ def differentiate(
     return {name: total.to(inputs[name].dtype) for name, total in totals.items()}
 
 
-def _part(
-    name: str, x: Tensor, start: int, stop: int, n_queries: int, n_keys: int
-) -> tuple[slice, ...]:
+def _part(name: str, x: Tensor, start: int, stop: int) -> tuple[slice, ...]:
     """What of a tensor the queries start..stop meet."""
-    if name in ("q", "dout", "dlse") or (name == "bias" and x.shape[2] > 1):
+    if name in ("q", "dout", "dlse", "query_vectors") or (name == "bias" and x.shape[2] > 1):
         return (slice(None), slice(None), slice(start, stop))
-    if name == "table":
-        return (slice(None), slice(n_queries - stop, n_queries - start + n_keys - 1))
     return (slice(None),)
+
+
+def _rows(options: Options, start: int, stop: int, n_queries: int, n_keys: int) -> Options:
+    """The options of the queries start..stop alone: distances count from their first."""
+
+    def moved(relative: Relative | None) -> Relative | None:
+        return None if relative is None else replace(relative, first=relative.first + start)
+
+    first = 1 - n_queries if options.first is None else options.first
+    offset = n_keys - n_queries if options.offset is None else options.offset
+    return replace(
+        options,
+        mask=rows(options.mask, start, stop),
+        first=first + start,
+        offset=offset + start,
+        relative_queries=moved(options.relative_queries),
+        relative_keys=moved(options.relative_keys),
+        relative_values=moved(options.relative_values),
+    )
 
 
 def _of_tile(
@@ -63,7 +78,7 @@ def _of_tile(
 ) -> dict[str, Tensor]:
     with torch.enable_grad():
         x = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
-        options = replace(options, table=x.get("table"), bias=x.get("bias"), sinks=x.get("sinks"))
+        options = options.with_terms({name: x[name] for name in options.terms})
         out, lse = reference.attention(x["q"], x["k"], x["v"], options)
         weighed = (out * x["dout"]).sum()
         if "dlse" in x:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from flashpatch_kernels import dropout
+from flashpatch_kernels.distances import gradients_of_whole, whole_table
 from flashpatch_kernels.masks import Band, Boolean, Intervals, Mask, band_bounds
 from flashpatch_kernels.options import Options
 
@@ -102,13 +103,15 @@ def backward(
 ) -> dict[str, Tensor]:
     """The gradients named in `needs`, each in its tensor's dtype and shape."""
     grads = {name: torch.empty_like(x) for name, x in (("q", q), ("k", k), ("v", v))}
-    every = {"table": options.table, "bias": options.bias, "sinks": options.sinks}
-    terms = {name: x for name, x in every.items() if x is not None and name in needs}
+    terms = {name: x for name, x in options.terms.items() if name in needs}
+    shapes = {name: x.shape for name, x in terms.items() if name not in ("table", "slopes")}
+    if not needs.isdisjoint(("table", "slopes")):
+        shapes["whole table"] = torch.Size((q.shape[1], q.shape[2] + k.shape[2] - 1))
     sums = {
-        name: torch.zeros(x.shape, dtype=_accumulator(q), device=q.device)
-        for name, x in terms.items()
+        name: torch.zeros(shape, dtype=_accumulator(q), device=q.device)
+        for name, shape in shapes.items()
     }
-    scored = not needs.isdisjoint(("q", "k", "table", "bias"))
+    scored = not needs <= {"v", "sinks", "value_embeddings"}
     for heads in _head_tiles(q, k, v, options):
         dK, dV = (x.new_zeros(x.transpose(1, 2).shape) for x in (heads.k, heads.v))  # [C, D, M]
         for rows in heads.row_tiles():
@@ -138,10 +141,10 @@ def backward(
                 torch.bmm(dO, heads.v[:, j0:j1].transpose(1, 2), out=dP)
                 if kept is not None:
                     _drop(dP, kept)
-                dS = heads.skewed(P.shape, rows) if "table" in sums else dP
+                dS = heads.skewed(P.shape, rows) if "whole table" in sums else dP
                 torch.mul(dP.sub_(delta), P, out=dS)
-                if "table" in sums:
-                    heads.add_table_gradient(sums["table"], dS, rows, j0, j1)
+                if "whole table" in sums:
+                    heads.add_table_gradient(sums["whole table"], dS, rows, j0, j1)
                 if "bias" in sums:
                     heads.add_bias_gradient(sums["bias"], dS, rows, j0, j1)
                 if tanh is not None:
@@ -151,8 +154,10 @@ def backward(
             heads.put(grads["q"], rows, dQ.mul_(options.scale))
         heads.put_keys(grads["k"], dK.mul_(LN2))
         heads.put_keys(grads["v"], dV)
+    if "whole table" in sums:
+        sums |= gradients_of_whole(sums.pop("whole table"), options, q.shape[2], k.shape[2])
     for name, total in sums.items():
-        grads[name] = total.to(terms[name].dtype)
+        grads[name] = total.to(options.terms[name].dtype)
     return {name: grads[name] for name in needs}
 
 
@@ -175,6 +180,7 @@ class _Shared:
     rows: int
     keys: int
     options: Options
+    table: Tensor | None = None  # of all distances, slopes included: [H, N + M - 1]
     row_hashes: Tensor | None = None  # [B, H, N]
     column_hashes: Tensor | None = None  # [ceil(M / 2)]
     buffers: dict[str, Tensor] = field(default_factory=dict)
@@ -196,8 +202,8 @@ class _Heads:
         self.mask = _Mask(self._of_this_mask(), self.N, self.M, self.device)
         self.softcap = shared.options.softcap
         self.table = self.sinks = self.bias = None
-        if shared.options.table is not None:
-            self.table = shared.options.table[self.h0 : self.h1].to(self.dtype) * LOG2E
+        if shared.table is not None:
+            self.table = shared.table[self.h0 : self.h1].to(self.dtype) * LOG2E
             self.table = self.table.contiguous()
         if shared.options.sinks is not None:
             self.sinks = shared.options.sinks[self.h0 : self.h1].to(self.dtype) * LOG2E
@@ -464,7 +470,7 @@ def _head_tiles(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Iterator[_
     # Few queries leave room for more keys. An even number: dropout takes keys in pairs.
     keys = min(M + M % 2, size.rows * size.keys // (G * rows) // 2 * 2)
     keys = max(2, keys)
-    shared = _Shared(rows, keys, options)
+    shared = _Shared(rows, keys, options, whole_table(options, N, M))
     if options.dropout:
         assert options.seed is not None
         shared.row_hashes = dropout.row_hashes(options.seed, B, H, N)

@@ -184,7 +184,7 @@ def _pytorch(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor,
     if options.softcap is not None:
         s = options.softcap * torch.tanh(s / options.softcap)
     if options.table is not None:
-        s = s + reference.dense_table(options.table, n, m).to(q.dtype)
+        s = s + options.table.to(q.dtype)[:, reference.distances(n, m, 1 - n, None, q.device)]
     if options.bias is not None:
         s = s + options.bias
     seen = allowed(options.mask, n, m, q.device)

@@ -12,7 +12,7 @@ from beartype import beartype
 from torch.utils.checkpoint import checkpoint
 
 import flashpatch_kernels
-from flashpatch_kernels import attention, op, reference
+from flashpatch_kernels import attention, checks, op, reference
 from flashpatch_kernels.masks import Band, Boolean, Intervals, key_mask
 from flashpatch_kernels.options import Options
 
@@ -144,7 +144,7 @@ def test_intervals_that_leave_the_keys_are_cut():
 
 
 def test_a_limit_that_hides_nothing_leaves_the_mask_full():
-    band = partial(op._band, 1, 9)
+    band = partial(checks.to_band, 1, 9)
     assert band(causal=True, window=None) == Band()
     assert band(causal=True, window=9) == Band()
     assert band(causal=True, window=8) == Band(left=7, offset=8)
@@ -379,7 +379,7 @@ def test_the_operators_keep_the_rules_of_torch(name):
     dropout = call.pop("dropout", 0.0)
     mask = {key: call.pop(key, None) for key in ("causal", "window", "mask")}
     options = Options(
-        mask=op._mask(q, k, **{**mask, "causal": bool(mask["causal"])}),
+        mask=checks.to_mask(q, k, **{**mask, "causal": bool(mask["causal"])}),
         dropout=dropout,
         seed=torch.tensor([5]) if dropout else None,
         **call,

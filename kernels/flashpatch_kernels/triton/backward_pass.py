@@ -277,9 +277,8 @@ def backward(
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names, those of q, k and v laid out as these."""
     if lse.numel() == 0 or k.shape[2] == 0:
-        tensors = {"q": q, "k": k, "v": v}
-        tensors |= {"table": options.table, "bias": options.bias, "sinks": options.sinks}
-        return {n: torch.zeros_like(t) for n, t in tensors.items() if n in needs and t is not None}
+        tensors = {"q": q, "k": k, "v": v, **options.terms}
+        return {name: torch.zeros_like(t) for name, t in tensors.items() if name in needs}
     grads = {n: torch.empty_like(t) for n, t in (("q", q), ("k", k), ("v", v)) if n in needs}
     written = {name: writable(grad) for name, grad in grads.items()}
     q, k, v, out, dout = (launching.readable(t) for t in (q, k, v, out, dout))
