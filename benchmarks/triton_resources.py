@@ -89,6 +89,8 @@ def terms(heads: int, n: int, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     return {
         "softcap": {"softcap": 50.0},
         "table": {"table": tensor(heads, 2 * n - 1)},
+        "clamped table": {"table": tensor(heads, 257), "first": -128},
+        "slopes": {"slopes": tensor(heads)},
         "bias": {"bias": tensor(1, heads, n, n)},
         "key bias": {"bias": tensor(2, heads, 1, n)},
         "sinks": {"sinks": tensor(heads)},

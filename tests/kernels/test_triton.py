@@ -155,6 +155,19 @@ TERMS = {
     "table": lambda heads, n, m, generator: {
         "table": torch.randn(heads, n + m - 1, generator=generator)
     },
+    "table of few distances": lambda heads, n, m, generator: {
+        "table": torch.randn(heads, 21, generator=generator),
+        "first": -7,
+    },
+    "table of one distance": lambda heads, n, m, generator: {
+        "table": torch.randn(heads, 1, generator=generator),
+        "first": 3,
+    },
+    "table beyond all distances": lambda heads, n, m, generator: {
+        "table": torch.randn(heads, 9, generator=generator),
+        "first": m + 40,
+    },
+    "slopes": lambda heads, n, m, generator: {"slopes": torch.rand(heads, generator=generator)},
     "bias": biased(),
     "bias of one row": biased(shared=(0,)),
     "bias of one head": biased(shared=(1,)),
@@ -165,7 +178,7 @@ TERMS = {
     "sinks": lambda heads, n, m, generator: {"sinks": torch.randn(heads, generator=generator)},
     "dropout": lambda heads, n, m, generator: {"dropout": 0.3, "seed": torch.tensor([2**61 + 11])},
 }
-LEARNT = ("table", "bias", "sinks")
+LEARNT = ("table", "slopes", "bias", "sinks")
 
 
 def expected(q, k, v, dout, dlse, options):
@@ -252,11 +265,11 @@ def test_head_sizes_are_covered_by_two_chunks(engine, d):
 
 def test_every_head_size_has_a_tile_for_every_pass():
     passes = get_args(tuning.Pass)
-    for arch, dtype, aligned, terms in itertools.product(
-        ("sm90", "any"), (torch.bfloat16, torch.float32), (True, False), (True, False)
+    for arch, dtype, aligned, beside in itertools.product(
+        ("sm90", "any"), (torch.bfloat16, torch.float32), (True, False), ("", "bias", "dropout")
     ):
         for size in range(1, 513):
-            asked = tuning.Question(arch, dtype, size, aligned, terms)
+            asked = tuning.Question(arch, dtype, size, aligned, beside)
             for name in passes:
                 if name != "dkdv" or tuning.has_tile(asked, name):
                     assert tuning.tile(asked, name)

@@ -25,6 +25,8 @@ from flashpatch_kernels.triton import (
     dropout,
     launching,
     scores,
+    slopes,
+    table,
     terms,
     tile_lists,
     tile_masks,
@@ -38,8 +40,8 @@ from flashpatch_kernels.triton.term_gradients import term_gradients
 @triton.jit
 def dkdv_step(
     dk, dv, k, v, queries, douts, stats, n_rows, head, first_head, n_heads, m, n, mask, batch,
-    n_queries, n_keys, to_log2, score, drop,
-    ROWS: tl.constexpr, SEEN: tl.constexpr, PART: tl.constexpr, TERMS: tl.constexpr,
+    n_queries, n_keys, to_log2, level, score, sources, drop,
+    ROWS: tl.constexpr, SEEN: tl.constexpr, PART: tl.constexpr, ADDS: tl.constexpr,
     C: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds what the queries m .. m + BM of one head give to the keys n .. n + BN."""
@@ -55,7 +57,7 @@ def dkdv_step(
     h = first_head + head
     if not C.PLAIN:
         at = tl.minimum(j, n_keys - 1)
-        st, tanh = scores.scores(st, inside, at, h, score, C, TERMS)
+        st, tanh = scores.scores(st, inside, at, m, n, h, level, score, sources, C, ADDS)
     pt = tl.math.exp2(st * to_log2 - lse[None, :])
     if MASKED:
         lo, hi = ROWS(mask, batch, i, n_queries, n_keys)
@@ -88,10 +90,13 @@ def dkdv_kernel(
     n_batch, n_heads, group, n_queries, n_keys, wave, scale, to_log2,
     left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
     tiles_of, tiles_batch, tiles_head,
-    factor, cap, terms, bias_batch, bias_head, bias_row, table_row, seed, threshold, keep_scale,
+    factor, cap, pointers,
+    bias_batch, bias_head, bias_row, table_rows, table_row, first, last, origin,
+    seed, threshold, keep_scale,
     ROWS: tl.constexpr, SEEN: tl.constexpr, QUERIES: tl.constexpr, AT: tl.constexpr,
     RUNS: tl.constexpr, GROUPED: tl.constexpr,
-    PART: tl.constexpr, TERMS: tl.constexpr, CODE: tl.constexpr, C: tl.constexpr,
+    PART: tl.constexpr, OPENS: tl.constexpr, ADDS: tl.constexpr, FAR_ADDS: tl.constexpr,
+    CODE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of one key head, over the query heads that share it and their queries.
 
@@ -109,8 +114,9 @@ def dkdv_kernel(
     g = tl.cast(bg % kv_heads, tl.int64)
     h = g * group
     n = tile * C.BN
-    score = (factor, cap, batch, n_queries, n_keys, terms,
-             bias_batch, bias_head, bias_row, table_row)  # fmt: skip
+    score = (factor, cap, batch, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head,
+             bias_row, table_rows, table_row, first, last, origin)  # fmt: skip
+    sources = scores.opened(score, pointers, OPENS, C.BN, C.BM)
     drop = (seed, threshold, keep_scale)
     t0, t1, t2, t3 = QUERIES(mask, batch, g, n, n_queries, n_keys, C.BM, C.BN)
 
@@ -136,22 +142,38 @@ def dkdv_kernel(
     # One loop over (head, tile) pairs: a group of heads costs no second loop.
     n_tiles = tl.cdiv(n_queries, C.BM)
     whole = t2 - t1
-    part = t1 - t0 + t3 - t2
+    if C.FAR:
+        a, z = tile_masks.near_queries(first, last, n, t1, t2, C.BM, C.BN)
+        whole -= z - a
+    part = t3 - t0 - whole
     for t in tl.range(0, whole * group if GROUPED else whole):
         head = t // whole if GROUPED else 0
-        number = t1 + (t % whole if GROUPED else t)
+        x = t % whole if GROUPED else t
+        if C.FAR:
+            # The copies are of the reversed table: they begin with its last bias.
+            high, low = table.levels(score, pointers[0][0], h + head)
+            level = tl.where(x < a - t1, high, low)
+            number = tile_masks.far_tile(x, t1, a, z)
+        else:
+            level, number = None, t1 + x
         m = AT(mask, batch, g, tile, number, n_tiles) * C.BM
         dk, dv = dkdv_step(
             dk, dv, k, v, queries, douts, STATS, n_rows, head, h, n_heads, m, n, mask, batch,
-            n_queries, n_keys, to_log2, score, drop, ROWS, SEEN, PART, TERMS, C, False,
+            n_queries, n_keys, to_log2, level, score, sources, drop,
+            ROWS, SEEN, PART, FAR_ADDS, C, False,
         )  # fmt: skip
     for t in tl.range(0, part * group if GROUPED else part):
         head = t // part if GROUPED else 0
-        number = tile_masks.edge_tile(t % part if GROUPED else t, t0, t1, t2)
+        x = t % part if GROUPED else t
+        if C.FAR:
+            number = tile_masks.near_tile(x, t0, t1, a, z, t2)
+        else:
+            number = tile_masks.edge_tile(x, t0, t1, t2)
         m = AT(mask, batch, g, tile, number, n_tiles) * C.BM
         dk, dv = dkdv_step(
             dk, dv, k, v, queries, douts, STATS, n_rows, head, h, n_heads, m, n, mask, batch,
-            n_queries, n_keys, to_log2, score, drop, ROWS, SEEN, PART, TERMS, C, True,
+            n_queries, n_keys, to_log2, None, score, sources, drop,
+            ROWS, SEEN, PART, ADDS, C, True,
         )  # fmt: skip
 
     # Nobody sees a hidden key, though no tile tested it.
@@ -172,19 +194,19 @@ def dkdv_kernel(
 
 @triton.jit
 def dq_step(
-    dq, q, do, lse, delta, keys, values, i, n, lo, hi, mask, batch, head, n_heads, n_queries,
-    n_keys, to_log2, score, drop,
-    SEEN: tl.constexpr, RUNS: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr,
-    MASKED: tl.constexpr,
+    dq, sums, q, do, lse, delta, keys, values, start, i, n, lo, hi, mask, batch, head, n_heads,
+    n_queries, n_keys, to_log2, level, far_below, score, sources, drop,
+    SEEN: tl.constexpr, RUNS: tl.constexpr, ADDS: tl.constexpr,
+    SLOPES: tl.constexpr, ENDS: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the keys n .. n + BN give."""
+    """Adds what the keys n .. n + BN give, to dq and to the row sums of ds that terms want."""
     k = tiles.load(keys, 0, n, C.BN, C.D, C.D0, C.D1, C.TMA, MASKED)
     s = tiles.inner(q, k, C)  # [BM, BN]
     i = i[:, None]
     j = (n + tl.arange(0, C.BN))[None, :]
     inside = tl.minimum(j, n_keys - 1) if MASKED else j
     if not C.PLAIN:
-        s, tanh = scores.scores(s, i, inside, head, score, C, TERMS)
+        s, tanh = scores.scores(s, i, inside, start, n, head, level, score, sources, C, ADDS)
     p = tl.math.exp2(s * to_log2 - lse[:, None])
     if MASKED:
         seen = SEEN(lo[:, None], hi[:, None], i, j, mask, batch, head, n_queries, n_keys, RUNS)
@@ -195,25 +217,45 @@ def dq_step(
         kept = dropout.kept(i, j, batch * n_heads + head, drop)
         dp = tl.where(kept, dp * drop[2], 0.0)
     ds = p * (dp - delta[:, None])
+    sloped, below, above = sums
+    if SLOPES:
+        sloped -= tl.sum(ds * slopes.away(i, inside, score), 1)
+    if ENDS:
+        if level is not None:
+            row = tl.sum(ds, 1)
+            below += tl.where(far_below, row, 0.0)
+            above += tl.where(far_below, 0.0, row)
+        else:
+            below += tl.sum(tl.where(inside - i <= score[12], ds, 0.0), 1)
+            above += tl.sum(
+                tl.where(inside - i >= tl.maximum(score[13], score[12] + 1), ds, 0.0), 1
+            )
     if C.CAP:
         ds = ds * (1 - tanh * tanh)
-    return tiles.add_product(dq, ds, k, C)
+    return tiles.add_product(dq, ds, k, C), (sloped, below, above)
 
 
 @kernel
 def dq_kernel(
-    Q, K, V, DO, STATS, DQ,
+    Q, K, V, DO, STATS, DQ, SUMS,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     do_batch, do_head, do_row, dq_batch, dq_head, dq_row,
     n_batch, n_heads, group, n_queries, n_keys, wave, scale, to_log2,
     left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
     tiles_of, tiles_batch, tiles_head,
-    factor, cap, terms, bias_batch, bias_head, bias_row, table_row, seed, threshold, keep_scale,
+    factor, cap, pointers,
+    bias_batch, bias_head, bias_row, table_rows, table_row, first, last, origin,
+    seed, threshold, keep_scale,
     ROWS: tl.constexpr, SEEN: tl.constexpr, KEYS: tl.constexpr, AT: tl.constexpr,
-    RUNS: tl.constexpr, TERMS: tl.constexpr,
+    RUNS: tl.constexpr, SLOPES: tl.constexpr, ENDS: tl.constexpr,
+    OPENS: tl.constexpr, ADDS: tl.constexpr, FAR_ADDS: tl.constexpr,
     CODE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head, over the keys that it sees."""
+    """One tile of queries of one head, over the keys that it sees.
+
+    What terms want to know of ds goes to SUMS [3, B, H, query tiles]: with SLOPES the sum of -ds
+    times the distance; with ENDS the sums beyond the first and the last distance of a table.
+    """
     mask = (left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
             tiles_of, tiles_batch, tiles_head)  # fmt: skip
     tile, bh = tiles.place(
@@ -223,8 +265,9 @@ def dq_kernel(
     b = tl.cast(batch, tl.int64)
     h = tl.cast(bh % n_heads, tl.int64)
     start = tile * C.BM
-    score = (factor, cap, batch, n_queries, n_keys, terms,
-             bias_batch, bias_head, bias_row, table_row)  # fmt: skip
+    score = (factor, cap, batch, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head,
+             bias_row, table_rows, table_row, first, last, origin)  # fmt: skip
+    sources = scores.opened(score, pointers, OPENS, C.BM, C.BN)
     drop = (seed, threshold, keep_scale)
     t0, t1, t2, t3 = KEYS(mask, batch, h, start, n_queries, n_keys, C.BM, C.BN, RUNS)
 
@@ -246,22 +289,47 @@ def dq_kernel(
     i = start + tl.arange(0, C.BM)
     inside = tl.minimum(i, n_queries - 1)
     n_tiles = tl.cdiv(n_keys, C.BN)
-    for t in tl.range(t1, t2):
-        n = AT(mask, batch, h, tile, t, n_tiles) * C.BN
-        dq = dq_step(
-            dq, q, do, lse, delta, keys, values, inside, n, None, None, mask, batch, h, n_heads,
-            n_queries, n_keys, to_log2, score, drop, SEEN, RUNS, TERMS, C, False,
+    sums = (tiles.column(C.BM), tiles.column(C.BM), tiles.column(C.BM))
+    whole = t2 - t1
+    if C.FAR:
+        a, z = tile_masks.near_keys(first, last, start, t1, t2, C.BM, C.BN)
+        whole -= z - a
+        low, high = table.levels(score, pointers[0][0], h)
+    for t in tl.range(0, whole):
+        if C.FAR:
+            far_below = t < a - t1
+            level = tl.where(far_below, low, high)
+            number = tile_masks.far_tile(t, t1, a, z)
+        else:
+            far_below, level, number = None, None, t1 + t
+        n = AT(mask, batch, h, tile, number, n_tiles) * C.BN
+        dq, sums = dq_step(
+            dq, sums, q, do, lse, delta, keys, values, start, inside, n, None, None, mask, batch, h,
+            n_heads, n_queries, n_keys, to_log2, level, far_below, score, sources, drop,
+            SEEN, RUNS, FAR_ADDS, SLOPES, ENDS, C, False,
         )  # fmt: skip
     lo, hi = ROWS(mask, batch, i, n_queries, n_keys)
-    for t in tl.range(0, t1 - t0 + t3 - t2):
-        n = AT(mask, batch, h, tile, tile_masks.edge_tile(t, t0, t1, t2), n_tiles) * C.BN
-        dq = dq_step(
-            dq, q, do, lse, delta, keys, values, inside, n, lo, hi, mask, batch, h, n_heads,
-            n_queries, n_keys, to_log2, score, drop, SEEN, RUNS, TERMS, C, True,
+    for t in tl.range(0, t3 - t0 - whole):
+        if C.FAR:
+            number = tile_masks.near_tile(t, t0, t1, a, z, t2)
+        else:
+            number = tile_masks.edge_tile(t, t0, t1, t2)
+        n = AT(mask, batch, h, tile, number, n_tiles) * C.BN
+        dq, sums = dq_step(
+            dq, sums, q, do, lse, delta, keys, values, start, inside, n, lo, hi, mask, batch, h,
+            n_heads, n_queries, n_keys, to_log2, None, False, score, sources, drop,
+            SEEN, RUNS, ADDS, SLOPES, ENDS, C, True,
         )  # fmt: skip
-    DQ += (b * dq_batch + h * dq_head) * C.UNIT
-    dq = tiles.scaled(dq, scale)
-    tiles.store(DQ, dq_row * C.UNIT, start, n_queries, dq, C.BM, C.D, C.D0, C.D1)
+    if SLOPES or ENDS:
+        n_row_tiles = tl.cdiv(n_queries, C.BM)
+        at = SUMS + (tl.cast(bh, tl.int64) * n_row_tiles + tile)
+        stride = tl.cast(n_batch * n_heads, tl.int64) * n_row_tiles
+        for x in tl.static_range(3):
+            tl.store(at + x * stride, tl.sum(sums[x]))
+    if DQ is not None:
+        DQ += (b * dq_batch + h * dq_head) * C.UNIT
+        dq = tiles.scaled(dq, scale)
+        tiles.store(DQ, dq_row * C.UNIT, start, n_queries, dq, C.BM, C.D, C.D0, C.D1)
 
 
 def backward(
@@ -285,13 +353,13 @@ def backward(
     call = launching.Setup.of(q, k, v, (out, dout, *written.values()), options)
     with launching.on(q.device):
         stats = compute_stats(call, out, dout, lse, dlse)
-        added = terms.terms_of(options, q.shape[2], k.shape[2], q.dtype)
-        shared = Shared(call, added, (q, k, v, dout), stats)
+        shared = Shared(call, terms.terms_of(call, both=True), (q, k, v, dout), stats)
         for name in call.key_passes(needs):
             compute_dkdv(shared, name, written.get("k"), written.get("v"))
-        if "q" in needs:
-            compute_dq(shared, written["q"])
-        found = term_gradients(shared, needs)
+        sums = None
+        if "q" in needs or "slopes" in needs or ("table" in needs and call.clamped):
+            sums = compute_dq(shared, written.get("q"), needs)
+        found = term_gradients(shared, sums, needs)
     for name, grad in grads.items():
         if written[name] is not grad:
             grad.copy_(written[name])
@@ -324,30 +392,37 @@ def compute_dkdv(shared: Shared, name: tuning.Pass, dk: Tensor | None, dv: Tenso
         call.wave(n_tiles, n_queries * group, 1),
         *(float(call.options.scale), call.to_log2),
         *call.mask.arguments(lists),
-        *(*call.cap, added.transposed_pointers, *added.numbers, *call.drop),
+        *(*call.cap, added.transposed.pointers, *added.numbers, *call.drop),
         *(call.mask.rows, call.mask.seen, call.mask.queries, call.mask.at, call.mask.has_runs),
         *(group > 1, name),
-        *(added.transposed, added.code, fixed),
+        *(*added.transposed.functions, fixed),
     )
 
 
-def compute_dq(shared: Shared, dq: Tensor) -> None:
-    """Writes dq from q, k, v and dout."""
+def compute_dq(shared: Shared, dq: Tensor | None, needs: frozenset[str]) -> Tensor:
+    """Writes dq from q, k, v and dout, and gives the sums of ds that terms want of it.
+
+    Returns:
+        fp32 [3, B, H, query tiles], as `dq_kernel` says.
+    """
     call, added, inputs, stats = shared
     n_batch, n_heads, group, n_queries, n_keys = call.sizes
     tile, fixed = call.tuned("dq")
     n_tiles = triton.cdiv(n_queries, tile.BM)
+    sums = torch.empty((3, n_batch, n_heads, n_tiles), dtype=torch.float32, device=stats.device)
     launching.launch(
         dq_kernel,
         n_tiles * n_batch * n_heads,
         tile,
-        *(*inputs, stats, dq),
-        *call.strides(*inputs, dq),
+        *(*inputs, stats, dq, sums),
+        *call.strides(*inputs, inputs[0] if dq is None else dq),
         *call.sizes,
         call.wave(n_tiles, n_keys, group),
         *(float(call.options.scale), call.to_log2),
         *call.mask.arguments(tile_lists.key_lists(call.mask, tile, n_queries, n_keys)),
-        *(*call.cap, added.pointers, *added.numbers, *call.drop),
+        *(*call.cap, added.straight.pointers, *added.numbers, *call.drop),
         *(call.mask.rows, call.mask.seen, call.mask.keys, call.mask.at, call.mask.has_runs),
-        *(added.functions, added.code, fixed),
+        *("slopes" in needs, "table" in needs and call.clamped),
+        *(*added.straight.functions, fixed),
     )
+    return sums

@@ -23,6 +23,7 @@ from flashpatch_kernels.triton import (
     dropout,
     launching,
     scores,
+    table,
     terms,
     tile_lists,
     tile_masks,
@@ -35,9 +36,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def forward_step(
-    m, l, acc, q, keys, values, i, n, lo, hi, mask, batch, head, n_heads, n_queries, n_keys,
-    to_log2, score, drop,
-    SEEN: tl.constexpr, RUNS: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr,
+    m, l, acc, q, keys, values, start, i, n, lo, hi, mask, batch, head, n_heads, n_queries, n_keys,
+    to_log2, level, score, sources, drop,
+    SEEN: tl.constexpr, RUNS: tl.constexpr, ADDS: tl.constexpr, C: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Takes the keys n .. n + BN into account."""
@@ -47,7 +48,7 @@ def forward_step(
     j = (n + tl.arange(0, C.BN))[None, :]
     inside = tl.minimum(j, n_keys - 1) if MASKED else j
     if not C.PLAIN:
-        s, _ = scores.scores(s, i, inside, head, score, C, TERMS)
+        s, _ = scores.scores(s, i, inside, start, n, head, level, score, sources, C, ADDS)
     if MASKED:
         seen = SEEN(lo[:, None], hi[:, None], i, j, mask, batch, head, n_queries, n_keys, RUNS)
         s = tl.where(seen, s, float("-inf"))
@@ -66,10 +67,11 @@ def forward_kernel(
     n_batch, n_heads, group, n_queries, n_keys, wave, to_log2,
     left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
     tiles_of, tiles_batch, tiles_head,
-    factor, cap, sinks, terms, bias_batch, bias_head, bias_row, table_row,
+    factor, cap, sinks, pointers,
+    bias_batch, bias_head, bias_row, table_rows, table_row, first, last, origin,
     seed, threshold, keep_scale,
     ROWS: tl.constexpr, SEEN: tl.constexpr, KEYS: tl.constexpr, AT: tl.constexpr,
-    RUNS: tl.constexpr, TERMS: tl.constexpr,
+    RUNS: tl.constexpr, OPENS: tl.constexpr, ADDS: tl.constexpr, FAR_ADDS: tl.constexpr,
     CODE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries. Strides come in units of C.UNIT elements, so that alignment is known."""
@@ -82,8 +84,9 @@ def forward_kernel(
     b = tl.cast(batch, tl.int64)
     h = tl.cast(bh % n_heads, tl.int64)
     start = tile * C.BM
-    score = (factor, cap, batch, n_queries, n_keys, terms,
-             bias_batch, bias_head, bias_row, table_row)  # fmt: skip
+    score = (factor, cap, batch, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head,
+             bias_row, table_rows, table_row, first, last, origin)  # fmt: skip
+    sources = scores.opened(score, pointers, OPENS, C.BM, C.BN)
     drop = (seed, threshold, keep_scale)
     t0, t1, t2, t3 = KEYS(mask, batch, h, start, n_queries, n_keys, C.BM, C.BN, RUNS)
 
@@ -104,18 +107,34 @@ def forward_kernel(
     i = start + tl.arange(0, C.BM)
     inside = tl.minimum(i, n_queries - 1)
     n_tiles = tl.cdiv(n_keys, C.BN)
-    for t in tl.range(t1, t2):
-        n = AT(mask, batch, h, tile, t, n_tiles) * C.BN
+    # Whole tiles first, of which no element is tested; under a table that is constant beyond its
+    # ends, those there alone.
+    whole = t2 - t1
+    if C.FAR:
+        a, b = tile_masks.near_keys(first, last, start, t1, t2, C.BM, C.BN)
+        whole -= b - a
+        low, high = table.levels(score, pointers[0][0], h)
+    for t in tl.range(0, whole):
+        if C.FAR:
+            level = tl.where(t < a - t1, low, high)
+            number = tile_masks.far_tile(t, t1, a, b)
+        else:
+            level, number = None, t1 + t
+        n = AT(mask, batch, h, tile, number, n_tiles) * C.BN
         m, l, acc = forward_step(
-            m, l, acc, q, keys, values, inside, n, None, None, mask, batch, h, n_heads, n_queries,
-            n_keys, to_log2, score, drop, SEEN, RUNS, TERMS, C, False,
+            m, l, acc, q, keys, values, start, inside, n, None, None, mask, batch, h, n_heads,
+            n_queries, n_keys, to_log2, level, score, sources, drop, SEEN, RUNS, FAR_ADDS, C, False,
         )  # fmt: skip
     lo, hi = ROWS(mask, batch, i, n_queries, n_keys)
-    for t in tl.range(0, t1 - t0 + t3 - t2):
-        n = AT(mask, batch, h, tile, tile_masks.edge_tile(t, t0, t1, t2), n_tiles) * C.BN
+    for t in tl.range(0, t3 - t0 - whole):
+        if C.FAR:
+            number = tile_masks.near_tile(t, t0, t1, a, b, t2)
+        else:
+            number = tile_masks.edge_tile(t, t0, t1, t2)
+        n = AT(mask, batch, h, tile, number, n_tiles) * C.BN
         m, l, acc = forward_step(
-            m, l, acc, q, keys, values, inside, n, lo, hi, mask, batch, h, n_heads, n_queries,
-            n_keys, to_log2, score, drop, SEEN, RUNS, TERMS, C, True,
+            m, l, acc, q, keys, values, start, inside, n, lo, hi, mask, batch, h, n_heads,
+            n_queries, n_keys, to_log2, None, score, sources, drop, SEEN, RUNS, ADDS, C, True,
         )  # fmt: skip
 
     # A row that sees no key has l = 0: it gives 0 and -inf.
@@ -147,7 +166,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     tile, fixed = call.tuned("forward")
     n_tiles = triton.cdiv(n_queries, tile.BM)
     with launching.on(q.device):
-        added = terms.terms_of(options, n_queries, n_keys, q.dtype)
+        added = terms.terms_of(call, both=False)
         launching.launch(
             forward_kernel,
             n_tiles * n_batch * n_heads,
@@ -158,8 +177,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
             call.wave(n_tiles, n_keys, n_heads // kv_heads),
             call.to_log2,
             *call.mask.arguments(tile_lists.key_lists(call.mask, tile, n_queries, n_keys)),
-            *(*call.cap, options.sinks, added.pointers, *added.numbers, *call.drop),
+            *(*call.cap, options.sinks, added.straight.pointers, *added.numbers, *call.drop),
             *(call.mask.rows, call.mask.seen, call.mask.keys, call.mask.at, call.mask.has_runs),
-            *(added.functions, added.code, fixed),
+            *(*added.straight.functions, fixed),
         )
     return out, lse

@@ -33,7 +33,8 @@ class Constants(NamedTuple):
     D, DV are head sizes, D0 + D1 and V0 + V1 the chunks that cover them; UNIT is the number of
     elements that strides are given in; PRECISION as in `tiles.dot`; PLAIN says that a score is its
     product times a positive factor, CAP that it is capped, with an APPROXIMATE hyperbolic tangent
-    or a good one; DROPOUT that weights are dropped.
+    or a good one; DROPOUT that weights are dropped; FAR that tiles on which a table is constant
+    are computed with those that are seen wholly.
     """
 
     D: int
@@ -51,10 +52,11 @@ class Constants(NamedTuple):
     CAP: bool
     APPROXIMATE: bool
     DROPOUT: bool
+    FAR: bool
 
 
 class MaskCode(NamedTuple):
-    """A mask as kernels take it: five functions (see `tile_masks`) and their arguments.
+    """A mask as kernels take it: six functions (see `tile_masks`) and their arguments.
 
     Attributes:
         band: left, right, offset.
@@ -68,6 +70,7 @@ class MaskCode(NamedTuple):
     keys: Any
     queries: Any
     at: Any
+    whole: Any
     band: tuple[int, int, int] = (0, 0, 0)
     bounds: tuple[Tensor | None, int, int, int] = (None, 0, 0, 0)
     runs: tuple[Tensor | None, int] = (None, 0)
@@ -102,6 +105,7 @@ def mask_code(mask: masks.Mask) -> MaskCode:
             tile_masks.band_keys,
             tile_masks.band_queries,
             tile_masks.number_itself,
+            tile_masks.band_whole,
             (left, right, mask.offset),
         )
     if isinstance(mask, masks.Boolean):
@@ -114,6 +118,7 @@ def mask_code(mask: masks.Mask) -> MaskCode:
             tile_masks.boolean_keys,
             tile_masks.boolean_queries,
             tile_masks.listed,
+            tile_masks.never_whole,
             bounds=(allowed, batch_stride(allowed), head_stride(allowed), row_stride),
             n_masks=(allowed.shape[0], allowed.shape[1]),
         )
@@ -126,6 +131,7 @@ def mask_code(mask: masks.Mask) -> MaskCode:
         tile_masks.interval_keys,
         tile_masks.interval_queries,
         tile_masks.number_itself,
+        tile_masks.never_whole,
         bounds=(bounds, batch_stride(bounds), 0, 0 if bounds.shape[1] == 1 else 2),
         runs=(runs, 0 if runs is None else batch_stride(runs)),
         n_masks=(n_masks, 1),
@@ -213,15 +219,30 @@ class Setup:
     def question(self) -> tuning.Question:
         """What decides about tiles."""
         o = self.options
-        terms = o.table is not None or o.bias is not None or o.dropout > 0 or self.mask.is_boolean
+        kind = ""
+        if o.table is not None or (o.bias is not None and o.bias.shape[2] > 1):
+            kind = "bias"
+        elif o.dropout > 0:
+            kind = "dropout"
         size = max(self.head_sizes)
-        return tuning.Question(self.architecture, self.dtype, size, self.unit > 1, terms)
+        return tuning.Question(self.architecture, self.dtype, size, self.unit > 1, kind)
 
     @property
     def plain(self) -> bool:
         """Whether a score is its product times a positive factor."""
         o = self.options
-        return o.scale > 0 and o.softcap is None and o.table is None and o.bias is None
+        added = (o.softcap, o.table, o.slopes, o.bias)
+        return o.scale > 0 and all(x is None for x in added)
+
+    @property
+    def clamped(self) -> bool:
+        """Whether a table has fewer entries than there are distances."""
+        return self.options.table is not None and self.options.first is not None
+
+    @property
+    def far(self) -> bool:
+        """Whether tiles on which a table is constant are a range of tiles."""
+        return self.clamped and not self.mask.is_boolean
 
     @property
     def to_log2(self) -> float:
@@ -251,7 +272,7 @@ class Setup:
             *(d, dv, *chunks(d), *chunks(dv)),
             *(tile.BM, tile.BN, self.unit, tile.tma and self.unit > 1),
             *(precision(self.dtype), self.plain, self.options.softcap is not None),
-            *(self.dtype != torch.float32 and NVIDIA, bool(self.options.dropout)),
+            *(self.dtype != torch.float32 and NVIDIA, bool(self.options.dropout), self.far),
         )
         return tile, fixed
 

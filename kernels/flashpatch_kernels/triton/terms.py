@@ -4,42 +4,38 @@ import hashlib
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import launching, scores
-from flashpatch_kernels.triton.compiling import kernel
-from flashpatch_kernels.triton.tiles import LOWEST
-from flashpatch_kernels.tuning import Tile
-
-# Entries that copies of a table have on either side of it, for tiles that reach beyond the ends.
-BEYOND = 128
+from flashpatch_kernels.triton import bias, launching, slopes, table
 
 
-class Terms(NamedTuple):
-    """What is added to the scores, as kernels take it.
+class Composed(NamedTuple):
+    """What a kernel is composed of, and given, for tiles of one orientation, see `scores`.
 
     Attributes:
-        functions: Device functions for tiles [queries, keys].
-        pointers: The tensors of each.
-        transposed: Functions for tiles [keys, queries].
-        transposed_pointers: The tensors of each.
-        numbers: bias_batch, bias_head, bias_row, table_row, as kernels take them.
+        opens: `open` of each term.
+        adds: `add` of each.
+        far_adds: `add` of each on tiles where a table is constant.
+        pointers: What each `open` is given. A table comes first.
+        code: Tells functions of one name apart, of which Triton's cache on disk knows the names.
     """
 
-    functions: tuple[Any, ...]
+    opens: tuple[Any, ...]
+    adds: tuple[Any, ...]
+    far_adds: tuple[Any, ...]
     pointers: tuple[tuple[Tensor, ...], ...]
-    transposed: tuple[Any, ...]
-    transposed_pointers: tuple[tuple[Tensor, ...], ...]
-    numbers: tuple[int, ...]
+    code: str
 
     @property
-    def code(self) -> str:
-        """Tells functions of one name apart, of which Triton's cache on disk knows the names."""
-        return _code(*self.functions, *self.transposed)
+    def functions(self) -> tuple[Any, ...]:
+        """What kernels are composed of, in their order."""
+        return self.opens, self.adds, self.far_adds, self.code
+
+    @staticmethod
+    def of(terms: list[tuple[Any, Any, Any, Tensor]]) -> "Composed":
+        """From each term's `open`, `add`, `add` on far tiles, and tensor."""
+        opens, adds, far_adds, tensors = zip(*terms, strict=True) if terms else ((),) * 4
+        return Composed(opens, adds, far_adds, tuple((x,) for x in tensors), _code(*opens, *adds))
 
 
 @lru_cache
@@ -48,79 +44,94 @@ def _code(*functions: Any) -> str:
     return hashlib.sha256(keys.encode()).hexdigest()[:16]
 
 
-def terms_of(options: Options, n_queries: int, n_keys: int, dtype: torch.dtype) -> Terms:
-    """The terms of a call of N queries and M keys."""
-    terms: list[tuple[Any, Tensor]] = []
-    transposed: list[tuple[Any, Tensor]] = []
-    bias_strides, table_row = [0, 0, 0], 0
+class Terms(NamedTuple):
+    """What is added to the scores of a call.
+
+    Attributes:
+        straight: For tiles [queries, keys].
+        transposed: For tiles [keys, queries].
+        numbers: bias_batch, bias_head, bias_row, table_rows, table_row, first, last, origin, as
+            kernels take them.
+        far: Whether tiles are told apart on which a table is constant.
+    """
+
+    straight: Composed
+    transposed: Composed
+    numbers: tuple[int, ...]
+    far: bool
+
+
+def terms_of(call: launching.Setup, *, both: bool) -> Terms:
+    """The terms of a call, for tiles of `both` orientations or only [queries, keys]."""
+    options = call.options
+    n_queries, n_keys = call.sizes[3:]
+    straight: list[tuple[Any, Any, Any, Tensor]] = []
+    transposed: list[tuple[Any, Any, Any, Tensor]] = []
+    bias_strides, table_numbers = [0, 0, 0], (0, 0, 0, 0)
+    tma = call.tuned("forward")[1].TMA
     if options.table is not None:
-        copies, reversed_copies = table_copies(options.table, n_queries, n_keys, dtype)
-        terms.append((scores.add_table, copies[..., _middle(n_queries) :]))
-        transposed.append((scores.add_table_transposed, reversed_copies[..., _middle(n_keys) :]))
-        table_row = copies.shape[-1]
+        first = 1 - n_queries if options.first is None else options.first
+        copies = table.copies_of(options.table, first, table.TILE, call.dtype, both=both)
+        last = first + options.table.shape[1] - 1
+        table_numbers = (table.TILE, copies.shape[3] // 8, first, last)
+        opens = table.open_tiles if tma else table.open
+        adds = (
+            (table.add_tiles, table.add_tiles_transposed)
+            if tma
+            else (table.add, table.add_transposed)
+        )
+        for orientation, add, x in zip(
+            (straight, transposed), adds, (copies[0], copies[-1]), strict=True
+        ):
+            orientation.append((opens, add, table.nothing if call.far else add, x))
+    if options.slopes is not None:
+        one = (slopes.open, slopes.add, slopes.add, options.slopes)
+        straight.append(one)
+        transposed.append(one)
     if options.bias is not None:
-        bias = options.bias
-        bias = bias if bias.stride(-1) == 1 or n_keys == 1 else bias.contiguous()
-        add = scores.add_key_bias if bias.shape[2] == 1 else scores.add_bias
-        terms.append((add, bias))
-        transposed.append((add, bias))
-        bias_strides = launching.strides(bias)
+        both_ways, tensor, bias_strides = _bias(options.bias, n_keys, tma=tma)
+        for orientation, (opens, add) in zip((straight, transposed), both_ways, strict=True):
+            orientation.append((opens, add, add, tensor))
+    origin = n_keys - n_queries if options.offset is None else options.offset
     return Terms(
-        tuple(function for function, _ in terms),
-        tuple((tensor,) for _, tensor in terms),
-        tuple(function for function, _ in transposed),
-        tuple((tensor,) for _, tensor in transposed),
-        (*bias_strides, table_row),
+        Composed.of(straight),
+        Composed.of(transposed),
+        (*bias_strides, *table_numbers, origin),
+        call.far,
     )
 
 
-def _middle(n: int) -> int:
-    """Where in a copy of the table the distance 0 of n rows lies, a multiple of 8."""
-    return (n + BEYOND + 7) // 8 * 8
+Functions = tuple[Any, Any]
+
+POINTERS: tuple[Functions, Functions] = ((bias.open, bias.add_pairs),) * 2
+KEY_POINTERS: tuple[Functions, Functions] = ((bias.open, bias.add_keys),) * 2
+TILES = (
+    (bias.open_tiles, bias.add_tiles),
+    (bias.open_tiles_transposed, bias.add_tiles_transposed),
+)
+KEY_TILES = (
+    (bias.open_key_tiles, bias.add_key_tiles),
+    (bias.open_key_tiles_transposed, bias.add_key_tiles_transposed),
+)
 
 
-def table_copies(
-    table: Tensor, n_queries: int, n_keys: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Eight shifted copies of a table [H, N + M - 1], and eight of it reversed: [H, 8, row] each.
-
-    In half precision beside half precision: what that loses is less than what the weights lose.
-    """
-    n_heads, row = table.shape[0], _middle(n_queries) + _middle(n_keys) + 8
-    kind = torch.float32 if dtype == torch.float32 else torch.float16
-    copies = table.new_empty((2, n_heads, 8, row), dtype=kind)
-    tile = Tile(8, 1024, 4, 1)
-    launching.launch(
-        copies_kernel,
-        2 * n_heads * triton.cdiv(row, tile.BN),
-        tile,
-        *(table.contiguous(), copies, n_heads, n_queries, n_keys, row),
-        *(_middle(n_queries), _middle(n_keys), kind == torch.float16, tile.BN),
-    )
-    return copies[0], copies[1]
+def _bias(
+    x: Tensor, n_keys: int, *, tma: bool
+) -> tuple[tuple[Functions, Functions], Tensor, list[int]]:
+    """`open` and `add` of a bias for both orientations, the bias, and its strides."""
+    x = x if x.stride(-1) == 1 or n_keys == 1 else x.contiguous()
+    of_keys = x.shape[2] == 1 or x.stride(2) == 0
+    if tma and of_keys and not _aligned(x):
+        # A row of a head costs little to copy, and much to read by pointers.
+        padded = x.new_empty((*x.shape[:2], 1, (n_keys + 7) // 8 * 8))[..., :n_keys]
+        x = padded.copy_(x[:, :, :1])
+    if not (tma and _aligned(x)):
+        return KEY_POINTERS if of_keys else POINTERS, x, launching.strides(x)
+    strides = [stride // 8 for stride in launching.strides(x)]
+    return KEY_TILES if of_keys else TILES, x, strides
 
 
-@kernel
-def copies_kernel(
-    TABLE, COPIES, n_heads, n_queries, n_keys, row, middle_queries, middle_keys,
-    HALF: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """A part of the copies of one head; entry y of copy r is the distance y - middle - r.
-
-    Those of the reversed table, which come second, hold the distance r + middle - y.
-    """
-    n_parts = tl.cdiv(row, BN)
-    which = tl.program_id(0) // n_parts  # the head, then the head of the reversed table
-    y = (tl.program_id(0) % n_parts) * BN + tl.arange(0, BN)[None, :]
-    r = tl.arange(0, 8)[:, None]
-    distance = y - middle_queries - r
-    if which >= n_heads:
-        distance = r + middle_keys - y
-    at = tl.minimum(tl.maximum(distance + (n_queries - 1), 0), n_queries + n_keys - 2)
-    head = tl.cast(which % n_heads, tl.int64)
-    x = tl.load(TABLE + head * (n_queries + n_keys - 1) + at).to(tl.float32)
-    if HALF:
-        # Beyond the range of half precision a bias stays finite, unless it hides its keys.
-        x = tl.where(x < LOWEST, float("-inf"), tl.minimum(tl.maximum(x, -65504.0), 65504.0))
-    to = COPIES + tl.cast(which, tl.int64) * 8 * row + (r * row + y)
-    tl.store(to, x.to(COPIES.dtype.element_ty), mask=y < row)
+def _aligned(x: Tensor) -> bool:
+    """Whether the copy engine can read every row."""
+    strides = launching.strides(x)
+    return x.element_size() <= 4 and x.data_ptr() % 16 == 0 and not any(s % 8 for s in strides)

@@ -1,10 +1,10 @@
 """Masks on the device: small functions that a kernel is composed of when it is compiled.
 
-A kind of mask is five functions. `rows` gives the interval of keys that some queries see, `seen`
+A kind of mask is six functions. `rows` gives the interval of keys that some queries see, `seen`
 says who sees whom in a tile. `keys` gives the tiles of keys that a tile of queries sees, `queries`
 the tiles of queries that see a tile of keys: those numbered t0 .. t3, of which t1 .. t2 are seen
 wholly, by every row, so that no element of them is tested. `at` tells which tile has a number: the
-number itself, or what stands in a list.
+number itself, or what stands in a list. `whole` tells whether all pairs of some distances are seen.
 
 Every function takes the same record, `mask` = (left, right, offset, bounds, bounds_batch,
 bounds_head, bounds_row, runs, runs_batch, tiles, tiles_batch, tiles_head): three integers of a
@@ -18,6 +18,9 @@ import triton
 import triton.language as tl
 
 from flashpatch_kernels.triton.compiling import kernel
+
+# Tiles added before a division, which rounds towards zero, so that nothing negative is divided.
+BEYOND = tl.constexpr(1 << 20)
 
 
 @triton.jit
@@ -34,6 +37,57 @@ def split(first, end, full_first, full_end, n, SIZE: tl.constexpr):
 def edge_tile(t, t0, t1, t2):
     """The t-th of the tiles t0 .. t1 and t2 .. t3, those that are seen in part."""
     return tl.where(t < t1 - t0, t0 + t, t2 + t - (t1 - t0))
+
+
+@triton.jit
+def far_tile(t, t1, a, b):
+    """The t-th of the tiles t1 .. a and b .. , those on which a term by distance is constant."""
+    return tl.where(t < a - t1, t1 + t, b + t - (a - t1))
+
+
+@triton.jit
+def near_tile(t, t0, t1, a, b, t2):
+    """The t-th of the tiles t0 .. t1, a .. b and t2 .. , all that `far_tile` leaves."""
+    near = t - (t1 - t0)
+    after = near - (b - a)
+    return tl.where(near < 0, t0 + t, tl.where(after < 0, a + near, t2 + after))
+
+
+@triton.jit
+def near_keys(first, last, m, t1, t2, BM: tl.constexpr, BN: tl.constexpr):
+    """The tiles a .. b of the key tiles t1 .. t2 that have distances between `first` and `last`.
+
+    Those before a have none above `first`, those from b on none below `last`.
+    """
+    a = (first + m + 1 + BEYOND * BN) // BN - BEYOND
+    b = (last + m + BM - 1 + BN - 1 + BEYOND * BN) // BN - BEYOND
+    a = tl.minimum(tl.maximum(a, t1), t2)
+    return a, tl.minimum(tl.maximum(b, a), t2)
+
+
+@triton.jit
+def near_queries(first, last, n, t1, t2, BM: tl.constexpr, BN: tl.constexpr):
+    """The tiles a .. b of the query tiles t1 .. t2 that have distances between `first` and `last`.
+
+    Those before a have none below `last`, those from b on none above `first`.
+    """
+    a = (n + 1 - last + BEYOND * BM) // BM - BEYOND
+    b = (n + BN - 1 - first + BM - 1 + BEYOND * BM) // BM - BEYOND
+    a = tl.minimum(tl.maximum(a, t1), t2)
+    return a, tl.minimum(tl.maximum(b, a), t2)
+
+
+@triton.jit
+def band_whole(mask, low, high):
+    """Whether everybody sees all keys at the distances low .. high."""
+    left, right, offset = mask[0], mask[1], mask[2]
+    return (low >= offset - left) & (high <= offset + right)
+
+
+@triton.jit
+def never_whole(mask, low, high):
+    """No telling without a look at the bounds."""
+    return False
 
 
 @triton.jit

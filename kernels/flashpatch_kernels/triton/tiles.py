@@ -158,6 +158,12 @@ def zeros(ROWS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
 
 
 @triton.jit
+def column(ROWS: tl.constexpr):
+    """A number for each row, 0."""
+    return tl.zeros([ROWS], tl.float32)
+
+
+@triton.jit
 def scaled(acc, factor):
     """The chunks times a scalar or a column."""
     if len(acc) > 1:

@@ -1,0 +1,199 @@
+"""Sums of ds over tiles that share a parameter: what the gradients of a table and a bias are.
+
+ds of a tile is computed anew from what the backward pass saved, and summed by one program in a
+fixed order, so that there are no atomics. What the tiles have in common that a program sums is told
+by three device functions, a walk: `steps` counts them, `place` says where the next one lies, and
+`finish` stores the sum. Its tiles come in two parts, first those of which every pair is seen.
+
+Letters as in `backward_pass`; tiles of BM queries and BN keys, BM a multiple of BN.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashpatch_kernels.triton import dropout, launching, scores, tiles
+from flashpatch_kernels.triton.compiling import kernel
+from flashpatch_kernels.triton.stats import Shared, load_stats
+
+
+class Walk(NamedTuple):
+    """Which tiles a program sums, and what it does with the sum.
+
+    Attributes:
+        steps: (walk, pid, mask, n_batch, n_heads, n_queries, n_keys, WHOLE, C) -> how many tiles
+            are seen wholly, how many there are.
+        place: (the same, t) -> row, head, first query and first key of the t-th tile.
+        finish: (walk, pid, acc, out, n_queries, n_keys, C) stores the sum.
+        numbers: What the functions are given as `walk`.
+        n_programs: In all.
+    """
+
+    steps: Any
+    place: Any
+    finish: Any
+    numbers: tuple[int, int, int, int]
+    n_programs: int
+
+
+@triton.jit
+def operand(
+    base, batch_stride, head_stride, row_stride, n_batch, n_heads, n_rows,
+    ROWS: tl.constexpr, SIZE: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """What `load` needs of a tensor [n_batch, n_heads, n_rows, SIZE], read ROWS rows at a time."""
+    batch_stride = tl.cast(batch_stride, tl.int64) * C.UNIT
+    head_stride = tl.cast(head_stride, tl.int64) * C.UNIT
+    row_stride = row_stride * C.UNIT
+    if C.TMA:
+        # A dimension of one entry has a stride of 0, which is never stepped along.
+        batch_stride = tl.where(n_batch > 1, batch_stride, row_stride)
+        head_stride = tl.where(n_heads > 1, head_stride, row_stride)
+        first = tl.make_tensor_descriptor(
+            base, [n_batch, n_heads, n_rows, SIZE], [batch_stride, head_stride, row_stride, 1],
+            [1, 1, ROWS, W0],
+        )  # fmt: skip
+        if W1 > 0:
+            second = tl.make_tensor_descriptor(
+                base, [n_batch, n_heads, n_rows, SIZE], [batch_stride, head_stride, row_stride, 1],
+                [1, 1, ROWS, W1],
+            )  # fmt: skip
+            return (first, second)
+        else:
+            return (first,)
+    else:
+        return (base, batch_stride, head_stride, row_stride, n_rows)
+
+
+@triton.jit
+def load(
+    source, batch, head, start, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    W0: tl.constexpr, W1: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Rows start .. of a head: [ROWS, W0], [ROWS, W1], zero beyond the last and SIZE."""
+    if C.TMA:
+        at = [batch, tl.cast(head, tl.int32), start, 0]
+        first = source[0].load(at).reshape(ROWS, W0)
+        if W1 > 0:
+            at = [batch, tl.cast(head, tl.int32), start, W0]
+            return (first, source[1].load(at).reshape(ROWS, W1))
+        else:
+            return (first,)
+    else:
+        base, batch_stride, head_stride, row_stride, n_rows = source
+        base += batch * batch_stride + head * head_stride
+        return tiles.load((base, 0, row_stride, n_rows), 0, start, ROWS, SIZE, W0, W1, False, True)
+
+
+@triton.jit
+def sums_step(
+    acc, queries, keys, values, douts, stats, n_rows, batch, head, m, n, mask, n_heads, group,
+    n_queries, n_keys, to_log2, score, sources, drop,
+    ROWS: tl.constexpr, SEEN: tl.constexpr, RUNS: tl.constexpr, ADDS: tl.constexpr,
+    C: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds the ds of the queries m .. m + BM and keys n .. n + BN of a head."""
+    q = load(queries, batch, head, m, C.BM, C.D, C.D0, C.D1, C)
+    k = load(keys, batch, head // group, n, C.BN, C.D, C.D0, C.D1, C)
+    i = (m + tl.arange(0, C.BM))[:, None]
+    j = (n + tl.arange(0, C.BN))[None, :]
+    inside_i = tl.minimum(i, n_queries - 1) if MASKED else i
+    inside_j = tl.minimum(j, n_keys - 1) if MASKED else j
+    s = tiles.inner(q, k, C)  # [BM, BN]
+    s, _ = scores.scores(
+        s, inside_i, inside_j, m, n, head, None, score, sources, C, ADDS
+    )  # fmt: skip
+    bh = tl.cast(batch * n_heads + head, tl.int64)
+    lse, delta = load_stats(stats, n_rows, bh, m, n_queries, C.BM, MASKED)
+    p = tl.math.exp2(s * to_log2 - lse[:, None])
+    if MASKED:
+        lo, hi = ROWS(mask, batch, m + tl.arange(0, C.BM), n_queries, n_keys)
+        seen = SEEN(lo[:, None], hi[:, None], i, j, mask, batch, head, n_queries, n_keys, RUNS)
+        p = tl.where(seen, p, 0.0)
+    do = load(douts, batch, head, m, C.BM, C.DV, C.V0, C.V1, C)
+    v = load(values, batch, head // group, n, C.BN, C.DV, C.V0, C.V1, C)
+    dp = tiles.inner(do, v, C)
+    if C.DROPOUT:
+        kept = dropout.kept(inside_i, inside_j, batch * n_heads + head, drop)
+        dp = tl.where(kept, dp * drop[2], 0.0)
+    return acc + p * (dp - delta[:, None])
+
+
+@kernel
+def sums_kernel(
+    Q, K, V, DO, STATS, OUT,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    do_batch, do_head, do_row,
+    n_batch, n_heads, group, n_queries, n_keys, to_log2,
+    left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
+    tiles_of, tiles_batch, tiles_head,
+    factor, cap, pointers,
+    bias_batch, bias_head, bias_row, table_rows, table_row, first, last, origin,
+    seed, threshold, keep_scale,
+    walk0, walk1, walk2, walk3,
+    ROWS: tl.constexpr, SEEN: tl.constexpr, WHOLE: tl.constexpr, RUNS: tl.constexpr,
+    OPENS: tl.constexpr, ADDS: tl.constexpr, FAR_ADDS: tl.constexpr, CODE: tl.constexpr,
+    STEPS: tl.constexpr, PLACE: tl.constexpr, FINISH: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """One sum of the ds of several tiles."""
+    mask = (left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
+            tiles_of, tiles_batch, tiles_head)  # fmt: skip
+    walk = (walk0, walk1, walk2, walk3)
+    drop = (seed, threshold, keep_scale)
+    score = (factor, cap, 0, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head, bias_row,
+             table_rows, table_row, first, last, origin)  # fmt: skip
+    sources = scores.opened(score, pointers, OPENS, C.BM, C.BN)
+    pid = tl.program_id(0)
+    n_rows = tl.cast(n_batch * n_heads, tl.int64) * n_queries
+    kv_heads = n_heads // group
+    queries = operand(
+        Q, q_batch, q_head, q_row, n_batch, n_heads, n_queries, C.BM, C.D, C.D0, C.D1, C
+    )
+    keys = operand(K, k_batch, k_head, k_row, n_batch, kv_heads, n_keys, C.BN, C.D, C.D0, C.D1, C)
+    values = operand(
+        V, v_batch, v_head, v_row, n_batch, kv_heads, n_keys, C.BN, C.DV, C.V0, C.V1, C
+    )
+    douts = operand(
+        DO, do_batch, do_head, do_row, n_batch, n_heads, n_queries, C.BM, C.DV, C.V0, C.V1, C
+    )
+    acc = tiles.zeros(C.BM, C.BN, 0)[0]
+    whole, steps = STEPS(walk, pid, mask, n_batch, n_heads, n_queries, n_keys, WHOLE, C)
+    for t in tl.range(0, whole):
+        b, h, m, n = PLACE(walk, pid, t, mask, n_batch, n_heads, n_queries, n_keys, WHOLE, C)
+        score = (factor, cap, b, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head,
+                 bias_row, table_rows, table_row, first, last, origin)  # fmt: skip
+        acc = sums_step(
+            acc, queries, keys, values, douts, STATS, n_rows, b, h, m, n, mask, n_heads, group,
+            n_queries, n_keys, to_log2, score, sources, drop, ROWS, SEEN, RUNS, ADDS, C, False,
+        )  # fmt: skip
+    for t in tl.range(whole, steps):
+        b, h, m, n = PLACE(walk, pid, t, mask, n_batch, n_heads, n_queries, n_keys, WHOLE, C)
+        score = (factor, cap, b, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head,
+                 bias_row, table_rows, table_row, first, last, origin)  # fmt: skip
+        acc = sums_step(
+            acc, queries, keys, values, douts, STATS, n_rows, b, h, m, n, mask, n_heads, group,
+            n_queries, n_keys, to_log2, score, sources, drop, ROWS, SEEN, RUNS, ADDS, C, True,
+        )  # fmt: skip
+    FINISH(walk, pid, acc, OUT, n_queries, n_keys, C)
+
+
+def sum_ds(shared: Shared, out: Tensor, walk: Walk) -> None:
+    """Launches `sums_kernel` on one walk."""
+    call, added, inputs, stats = shared
+    tile, fixed = call.tuned("sums")
+    launching.launch(
+        sums_kernel,
+        walk.n_programs,
+        tile,
+        *(*inputs, stats, out),
+        *call.strides(*inputs),
+        *(*call.sizes, call.to_log2),
+        *call.mask.arguments(),
+        *(*call.cap, added.straight.pointers, *added.numbers, *call.drop),
+        *walk.numbers,
+        *(call.mask.rows, call.mask.seen, call.mask.whole, call.mask.has_runs),
+        *added.straight.functions,
+        *(walk.steps, walk.place, walk.finish, fixed),
+    )

@@ -1,0 +1,141 @@
+"""A bias of the distance j - i, one table per head: as kernels read it, and how it is laid out.
+
+A table is copied once for each row of a tile, each copy shifted by one entry more, so that the tile
+of a table is a rectangle of its copies: aligned vectors for loads by pointers, and a box for
+Hopper's copy engine. Tiles [keys, queries] read copies of the reversed table. The copies begin a
+tile before the first distance and end a tile after the last: a tile that lies farther reads there.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashpatch_kernels.triton import launching
+from flashpatch_kernels.triton.compiling import kernel
+from flashpatch_kernels.triton.tiles import LOWEST
+from flashpatch_kernels.tuning import Tile
+
+# How far copies reach beyond the ends: the most rows or columns of a tile, and 8 for rounding.
+REACH = tl.constexpr(136)
+TILE = 128
+
+
+@triton.jit
+def open(score, pointers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The copies, for loads by pointers."""
+    return pointers[0]
+
+
+@triton.jit
+def open_tiles(score, pointers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The copies as Hopper's copy engine reads them."""
+    row = score[11] * 8
+    return tl.make_tensor_descriptor(
+        pointers[0], [score[4] * score[10], row], [row, 1], [ROWS, COLUMNS]
+    )
+
+
+@triton.jit
+def entry(distance, first, last):
+    """Where in copies a tile begins whose first row and column have this distance."""
+    start = (first & -8) - REACH
+    return tl.minimum(tl.maximum(distance, start), (last & -8) + REACH) - start
+
+
+@triton.jit
+def rectangle(s, column, head, score, source):
+    """The columns from `column` on of a head's copies, by pointers."""
+    r = tl.arange(0, s.shape[0])[:, None]
+    c = tl.multiple_of(column, 8) + tl.arange(0, s.shape[1])[None, :]
+    row = score[11] * 8
+    at = source + tl.cast(head, tl.int64) * (score[10] * row)
+    return tl.load(at + (r * row + c)).to(tl.float32)
+
+
+@triton.jit
+def add(s, i, j, m, n, head, score, source):
+    """The bias of a distance, for tiles [queries, keys]."""
+    return s + rectangle(s, entry(n - m, score[12], score[13]), head, score, source)
+
+
+@triton.jit
+def add_transposed(s, i, j, m, n, head, score, source):
+    """The bias of a distance, for tiles [keys, queries]."""
+    return s + rectangle(s, entry(m - n, -score[13], -score[12]), head, score, source)
+
+
+@triton.jit
+def add_tiles(s, i, j, m, n, head, score, source):
+    """As `add`, by the copy engine."""
+    row = tl.cast(head, tl.int32) * score[10]
+    return s + source.load([row, entry(n - m, score[12], score[13])]).to(tl.float32)
+
+
+@triton.jit
+def add_tiles_transposed(s, i, j, m, n, head, score, source):
+    """As `add_transposed`, by the copy engine."""
+    row = tl.cast(head, tl.int32) * score[10]
+    return s + source.load([row, entry(m - n, -score[13], -score[12])]).to(tl.float32)
+
+
+@triton.jit
+def nothing(s, i, j, m, n, head, score, source):
+    """Tiles on which the table is constant: `levels` has what to add."""
+    return s
+
+
+@triton.jit
+def levels(score, copies, head):
+    """The first and the last bias of a head's copies, which hold on all tiles beyond the ends."""
+    row = score[11] * 8
+    at = copies + tl.cast(head, tl.int64) * (score[10] * row)
+    return tl.load(at).to(tl.float32), tl.load(at + (row - 1)).to(tl.float32)
+
+
+def copies_of(table: Tensor, first: int, rows: int, dtype: torch.dtype, *, both: bool) -> Tensor:
+    """Copies of a table [H, T] that begins at the distance `first`: [1 or 2, H, rows, row].
+
+    In half precision beside half precision: what that loses is less than what the weights lose.
+
+    Args:
+        rows: Copies of each table, as many as tiles have rows.
+        dtype: Of q.
+        both: Whether copies of the reversed table are wanted too.
+    """
+    n_heads, entries = table.shape
+    row = (entries + 2 * REACH.value + TILE + 15) // 8 * 8
+    kind = torch.float32 if dtype == torch.float32 else torch.float16
+    copies = table.new_empty((2 if both else 1, n_heads, rows, row), dtype=kind)
+    tile = Tile(8, 1024, 4, 1)
+    launching.launch(
+        copies_kernel,
+        copies.shape[0] * n_heads * (rows // tile.BM) * triton.cdiv(row, tile.BN),
+        tile,
+        *(table.contiguous(), copies, n_heads, rows, row, first, entries),
+        *(kind == torch.float16, tile.BM, tile.BN),
+    )
+    return copies
+
+
+@kernel
+def copies_kernel(
+    TABLE, COPIES, n_heads, rows, row, first, entries,
+    HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """BN entries of BM copies: entry y of copy r is the distance start + y - r, or its opposite."""
+    n_parts = tl.cdiv(row, BN)
+    y = tl.program_id(0) % n_parts * BN + tl.arange(0, BN)[None, :]
+    copy = tl.program_id(0) // n_parts * BM + tl.arange(0, BM)[:, None]
+    table = copy // rows  # the head, then the head of the reversed table
+    start = (first & -8) - REACH
+    start_reversed = (-(first + entries - 1) & -8) - REACH
+    straight = start + y - copy % rows
+    distance = tl.where(table < n_heads, straight, start - start_reversed - straight)
+    at = tl.minimum(tl.maximum(distance - first, 0), entries - 1)
+    x = tl.load(TABLE + tl.cast(table % n_heads, tl.int64) * entries + at).to(tl.float32)
+    if HALF:
+        # Beyond the range of half precision a bias stays finite, unless it hides its keys.
+        x = tl.where(x < LOWEST, float("-inf"), tl.minimum(tl.maximum(x, -65504.0), 65504.0))
+    to = COPIES + tl.cast(copy, tl.int64) * row + y
+    tl.store(to, x.to(COPIES.dtype.element_ty), mask=y < row)
