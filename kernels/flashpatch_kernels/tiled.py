@@ -1,7 +1,7 @@
 """Engine `tiled`: FlashAttention-2's algorithm in PyTorch, tile by tile, on any device.
 
 Forward, for a tile of queries, over tiles of keys (Dao 2023, Algorithm 1):
-    S = cap(Q K^T * scale) + table + bias + mask
+    S = cap(Q K^T * scale) + table + bias + vectors by distance + mask
     m' = max(m, rowmax S),  P = exp(S - m')
     l = exp(m - m') l + rowsum P,  O = exp(m - m') O + P V
 and at the end O / l and lse = m + log l. A sink is a first key of logit `sink` and value 0.
@@ -14,24 +14,27 @@ N queries, M keys, D head size, Dv that of v, R queries and W keys of a tile.
 Three choices of this file:
 Scores are in units of log 2, because PyTorch's exp2 takes a third of the time of its exp on a CPU
 and is as exact.
-With a table, the queries of a tile run backwards. The table's entry for row r and key j is then a
-fixed number plus r + j, so that the table's tile [R, W] is a view of it, with strides (1, 1), and
-its gradient, the sums of dS over its diagonals, are the column sums of dS with skewed rows.
+With a table or vectors by distance, the queries of a tile run backwards. The table's entry for row
+r and key j is then a fixed number plus r + j, so that the table's tile [R, W] is a view of it, with
+strides (1, 1), and its gradient, the sums of dS over its diagonals, are the column sums of dS with
+skewed rows. `tiled_relative` has the vectors.
 The gradients of k and v are summed transposed, [C, D, M]: MKL takes a quarter less time for Q^T dS
 than for dS^T Q.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flashpatch_kernels import dropout
+from flashpatch_kernels.buffers import Buffers
 from flashpatch_kernels.distances import gradients_of_whole, whole_table
 from flashpatch_kernels.masks import Band, Boolean, Intervals, Mask, band_bounds
-from flashpatch_kernels.options import Options
+from flashpatch_kernels.options import Options, Relative
+from flashpatch_kernels.tiled_relative import Term, Tile, largest_matrix
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
@@ -80,6 +83,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
                 if kept is not None:
                     _drop(P, kept)
                 O.mul_(alpha).baddbmm_(P, heads.v[:, j0:j1])
+                if heads.values is not None:
+                    tile = heads.tile(heads.values, rows, j0, j1)
+                    heads.by_head(O).add_(tile.values(heads.by_head(P)))
                 m = m_new
             seen = l > 0
             l.masked_fill_(~seen, 1)
@@ -132,13 +138,20 @@ def backward(
                 S, tanh = heads.scores(Q, rows, j0, j1)
                 P = S.sub_(L).exp2_()
                 kept = heads.kept(rows, j0, j1)
-                if "v" in needs:
+                values = None
+                if heads.values is not None:
+                    values = heads.tile(heads.values, rows, j0, j1)
+                if not needs.isdisjoint(("v", "value_embeddings")):
                     Z = P if kept is None else _drop(heads.buffer("Z", P.shape).copy_(P), kept)
                     heads.add_product(dV, dO, Z, j0, j1)
+                    if values is not None:
+                        values.add_gradients(sums, heads.by_head(Z), heads.by_head(dO))
                 if not scored:
                     continue
                 dP = heads.buffer("dP", P.shape)
                 torch.bmm(dO, heads.v[:, j0:j1].transpose(1, 2), out=dP)
+                if values is not None:
+                    heads.by_head(dP).add_(values.products(heads.by_head(dO)))
                 if kept is not None:
                     _drop(dP, kept)
                 dS = heads.skewed(P.shape, rows) if "whole table" in sums else dP
@@ -147,6 +160,8 @@ def backward(
                     heads.add_table_gradient(sums["whole table"], dS, rows, j0, j1)
                 if "bias" in sums:
                     heads.add_bias_gradient(sums["bias"], dS, rows, j0, j1)
+                for term in heads.added:
+                    heads.tile(term, rows, j0, j1).add_gradients(sums, heads.by_head(dS))
                 if tanh is not None:
                     dS.mul_(tanh.square_().neg_().add_(1))
                 dQ.baddbmm_(dS, heads.k[:, j0:j1])
@@ -180,11 +195,10 @@ class _Shared:
     rows: int
     keys: int
     options: Options
+    buffers: Buffers
     table: Tensor | None = None  # of all distances, slopes included: [H, N + M - 1]
     row_hashes: Tensor | None = None  # [B, H, N]
     column_hashes: Tensor | None = None  # [ceil(M / 2)]
-    buffers: dict[str, Tensor] = field(default_factory=dict)
-    skewed_shape: tuple[int, ...] = ()  # of the gradient whose gaps are zeros
 
 
 class _Heads:
@@ -209,6 +223,12 @@ class _Heads:
             self.sinks = shared.options.sinks[self.h0 : self.h1].to(self.dtype) * LOG2E
         if shared.options.bias is not None:
             self.bias = self._of_these_heads(shared.options.bias)
+        options = shared.options
+        query = self._term("query", options.relative_queries)
+        key = self._term("key", options.relative_keys)
+        self.values = self._term("value", options.relative_values)
+        self.added = [term for term in (query, key) if term is not None]
+        self.backwards = self.table is not None or self.values is not None or bool(self.added)
         p = shared.options.dropout
         self.keep_probability = dropout.keep_probability(p) if p else 1.0
 
@@ -225,7 +245,7 @@ class _Heads:
 
     def ordered(self, x: Tensor) -> Tensor:
         """Queries [C G, R, ...] in the tile's order, or from it."""
-        return x.flip(1) if self.table is not None else x
+        return x.flip(1) if self.backwards else x
 
     def put_keys(self, x: Tensor, total: Tensor) -> None:
         """Stores [C, E, M] into x [B, H_kv, M, E]."""
@@ -264,14 +284,17 @@ class _Heads:
             tanh = self.buffer("tanh", S.shape)
             torch.mul(S, LN2 / self.softcap, out=tanh).tanh_()
             torch.mul(tanh, self.softcap * LOG2E, out=S)
-        by_head = self._by_head(S)
+        by_head = self.by_head(S)
         if self.table is not None:
             by_head.add_(self._diagonals(self.table, rows, j0, j1))
         if self.bias is not None:
             one = self.bias.shape[1] == 1
             bias = self.bias if one else self.ordered(self.bias[:, rows.i0 : rows.i1])
             by_head.add_(bias[..., j0:j1], alpha=LOG2E)
-        self.mask.hide(by_head, rows, j0, j1, backwards=self.table is not None)
+        for term in self.added:
+            tile = self.tile(term, rows, j0, j1)
+            by_head.add_(tile.products(tile.vectors()), alpha=LOG2E)
+        self.mask.hide(by_head, rows, j0, j1, backwards=self.backwards)
         return S, tanh
 
     def kept(self, rows: Rows, j0: int, j1: int) -> Tensor | None:
@@ -296,12 +319,7 @@ class _Heads:
         Read with a pitch that is one less, the rows of a block of them are skewed.
         """
         pitch = shape[2] + self._block(rows)
-        wanted = (*shape, pitch)
-        if self.shared.skewed_shape != wanted:
-            self.buffer("skewed", (shape[0] * shape[1] * pitch,)).zero_()
-            self.shared.skewed_shape = wanted
-        memory = self.shared.buffers["skewed"]
-        return memory.as_strided(shape, (shape[1] * pitch, pitch, 1))
+        return self.shared.buffers.zeros("skewed", (*shape[:2], pitch))[..., : shape[2]]
 
     def add_table_gradient(self, total: Tensor, dS: Tensor, rows: Rows, j0: int, j1: int) -> None:
         """The sums of dS, which lies in skewed memory, over its diagonals: in blocks, then them."""
@@ -323,7 +341,7 @@ class _Heads:
     def add_bias_gradient(self, total: Tensor, dS: Tensor, rows: Rows, j0: int, j1: int) -> None:
         """Sums dS over what the bias is broadcast over."""
         part = self._of_these_heads(total)  # [H|1, N|1, M]
-        dS = self._by_head(dS)
+        dS = self.by_head(dS)
         if part.shape[1] == 1:
             dS = dS.sum(1, keepdim=True)
         else:
@@ -332,16 +350,21 @@ class _Heads:
 
     def buffer(self, name: str, shape: torch.Size | tuple[int, ...]) -> Tensor:
         """Memory of this shape that stays the same from tile to tile."""
-        size = math.prod(shape)
-        memory = self.shared.buffers.get(name)
-        if memory is None or memory.numel() < size:
-            memory = torch.empty(size, dtype=self.dtype, device=self.device)
-            self.shared.buffers[name] = memory
-        return memory[:size].view(shape)
+        return self.shared.buffers.get(name, shape)
 
-    def _by_head(self, x: Tensor) -> Tensor:
+    def by_head(self, x: Tensor) -> Tensor:
         """A tile [C, G R, W] as [C G, R, W]."""
         return x.unflatten(1, (self.G, -1)).flatten(0, 1)
+
+    def tile(self, term: Term, rows: Rows, j0: int, j1: int) -> Tile:
+        """The part of a term of vectors by distance."""
+        return term.tile(rows.i0, rows.i1, j0, j1)
+
+    def _term(self, name: str, relative: Relative | None) -> Term | None:
+        """The vectors by distance of these heads."""
+        if relative is None:
+            return None
+        return Term(name, relative, self.b, slice(self.h0, self.h1), self.shared.buffers)
 
     def _keys(self, x: Tensor) -> Tensor:
         """These heads of k or v, in the accumulator's dtype and with rows that a product takes."""
@@ -470,12 +493,16 @@ def _head_tiles(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Iterator[_
     # Few queries leave room for more keys. An even number: dropout takes keys in pairs.
     keys = min(M + M % 2, size.rows * size.keys // (G * rows) // 2 * 2)
     keys = max(2, keys)
-    shared = _Shared(rows, keys, options, whole_table(options, N, M))
+    if options.relative_keys is not None:
+        # Each key is multiplied by all embeddings of the tile, of which it needs one for each row.
+        keys = min(keys, max(2 * rows, 32))
+    buffers = Buffers(_accumulator(q), q.device)
+    shared = _Shared(rows, keys, options, buffers, whole_table(options, N, M))
     if options.dropout:
         assert options.seed is not None
         shared.row_hashes = dropout.row_hashes(options.seed, B, H, N)
         shared.column_hashes = dropout.column_hashes(options.seed, M)
-    together = max(1, size.scores // (G * rows * keys))
+    together = max(1, size.scores // (G * largest_matrix(options, rows, keys)))
     for b in range(B):
         for g0 in range(0, kv_heads, together):
             yield _Heads(q, k, v, shared, b, g0, min(g0 + together, kv_heads))

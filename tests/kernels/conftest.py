@@ -1,6 +1,6 @@
 """What the kernels' tests share: random calls, and plain PyTorch's answer to them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import pytest
@@ -19,7 +19,7 @@ from flashpatch_kernels.masks import (
     intersect,
     key_mask,
 )
-from flashpatch_kernels.options import Options
+from flashpatch_kernels.options import Options, Relative
 
 
 def _keys(m: int) -> Intervals:
@@ -89,26 +89,18 @@ class Sample:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """The tensors that are differentiable."""
-        options = self.options
-        every = {"q": self.q, "k": self.k, "v": self.v}
-        every |= {"table": options.table, "bias": options.bias, "sinks": options.sinks}
-        return {name: x for name, x in every.items() if x is not None}
+        return {"q": self.q, "k": self.k, "v": self.v} | self.options.terms
 
     def to(self, dtype: torch.dtype) -> "Sample":
         """The same numbers in another dtype, as leaves."""
 
-        def cast(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.detach().to(dtype).requires_grad_()
+        cast = {name: x.detach().to(dtype).requires_grad_() for name, x in self.inputs.items()}
+        return replace(self.with_inputs(cast), dout=self.dout.to(dtype))
 
-        options = self.options
-        options = replace(
-            options,
-            table=cast(options.table),
-            bias=cast(options.bias),
-            sinks=cast(options.sinks),
-        )
-        q, k, v = cast(self.q), cast(self.k), cast(self.v)
-        return replace(self, q=q, k=k, v=v, options=options, dout=self.dout.to(dtype))
+    def with_inputs(self, inputs: Mapping[str, Tensor]) -> "Sample":
+        """The same call of other tensors, by the names of `inputs`."""
+        options = self.options.with_terms({name: inputs[name] for name in self.options.terms})
+        return replace(self, q=inputs["q"], k=inputs["k"], v=inputs["v"], options=options)
 
     def on(self, device: str) -> "Sample":
         """The same call on another device, as leaves."""
@@ -116,7 +108,7 @@ class Sample:
         def moved(x: object) -> object:
             if isinstance(x, Tensor):
                 return x.detach().to(device).requires_grad_(x.requires_grad)
-            if isinstance(x, (Options, Intervals, Boolean)):
+            if isinstance(x, (Options, Intervals, Boolean, Relative)):
                 return replace(x, **{name: moved(value) for name, value in vars(x).items()})
             return x
 
@@ -144,8 +136,17 @@ def _sample(
     terms: tuple[str, ...] = (),
     bias_shape: tuple[int, int, int] = (1, 4, 1),
     dropout: float = 0.0,
+    entries: int = 12,
+    first: int = -5,
+    embedding_heads: int = 4,
 ) -> Sample:
-    """A random call: batch 2, 4 query heads, views of memory that a projection lays out."""
+    """A random call: batch 2, 4 query heads, views of memory that a projection lays out.
+
+    Args:
+        terms: "softcap", the names of `Options`, and "clamped table", which has `entries` distances
+            from `first` on, as the vectors by distance have.
+        embedding_heads: Heads of the vectors by distance, 4 or 1.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -163,7 +164,7 @@ def _sample(
         dropout=dropout,
         seed=torch.tensor([1234567890123]) if dropout else None,
     )
-    sample = Sample(
+    tensors = Sample(
         q=random(2, n, 4, d).transpose(1, 2),
         k=random(2, m, kv_heads, d).transpose(1, 2),
         v=random(2, m, kv_heads, dv).transpose(1, 2),
@@ -171,6 +172,18 @@ def _sample(
         dout=random(2, n, 4, dv).transpose(1, 2),
         dlse=random(2, 4, n, dtype=torch.float32),
     )
+    # Drawn last, so that a term changes none of the tensors of the calls that are without it.
+    more: dict[str, object] = {}
+    if "slopes" in terms:
+        more["slopes"] = random(4, dtype=term_dtype) * 0.2
+    if "clamped table" in terms:
+        more |= {"table": random(4, entries, dtype=term_dtype), "first": first}
+    for name, length in (("relative_queries", n), ("relative_keys", m), ("relative_values", None)):
+        if name in terms:
+            embeddings = random(embedding_heads, entries, dv if length is None else d) * 0.5
+            vectors = None if length is None else random(2, length, 4, d).transpose(1, 2)
+            more[name] = Relative(embeddings, first, vectors)
+    sample = replace(tensors, options=replace(options, **more))
     for x in sample.inputs.values():
         x.requires_grad_()
     return sample
@@ -184,9 +197,20 @@ def _pytorch(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor,
     if options.softcap is not None:
         s = options.softcap * torch.tanh(s / options.softcap)
     if options.table is not None:
-        s = s + options.table.to(q.dtype)[:, reference.distances(n, m, 1 - n, None, q.device)]
+        first = 1 - n if options.first is None else options.first
+        at = reference.distances(n, m, first, options.table.shape[1], q.device)
+        s = s + options.table.to(q.dtype)[:, at]
+    if options.slopes is not None:
+        away = reference.distances(n, m, m - n, None, q.device).abs()
+        s = s - options.slopes.to(q.dtype)[:, None, None] * away
     if options.bias is not None:
         s = s + options.bias
+    if options.relative_queries is not None:
+        x, w = _by_pair(options.relative_queries, q, m)
+        s = s + torch.einsum("bhie,hije->bhij", x, w)
+    if options.relative_keys is not None:
+        y, u = _by_pair(options.relative_keys, q, m)
+        s = s + torch.einsum("bhje,hije->bhij", y, u)
     seen = allowed(options.mask, n, m, q.device)
     s = s.masked_fill(~seen, -torch.inf)
     if options.sinks is not None:
@@ -200,7 +224,19 @@ def _pytorch(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor,
     if options.dropout:
         kept = keep(options.seed, options.dropout, *q.shape[:3], m)
         p = p * kept / keep_probability(options.dropout)
-    return p @ v, lse
+    out = p @ v
+    if options.relative_values is not None:
+        _, z = _by_pair(options.relative_values, q, m)
+        out = out + torch.einsum("bhij,hije->bhie", p.to(q.dtype), z)
+    return out, lse
+
+
+def _by_pair(relative: Relative, q: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """The vectors, and the embeddings of all pairs, [H, N, M, E]."""
+    at = reference.distances(q.shape[2], m, relative.first, relative.embeddings.shape[1], q.device)
+    vectors = relative.embeddings if relative.vectors is None else relative.vectors
+    pairs = relative.embeddings.to(q.dtype)[:, at].expand(q.shape[1], -1, -1, -1)
+    return vectors.to(q.dtype), pairs
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 TERMS = ("softcap", "table", "bias", "sinks")
+BY_DISTANCE = ("clamped table", "slopes", "relative_queries", "relative_keys", "relative_values")
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def full_precision():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("terms", [(), TERMS])
+@pytest.mark.parametrize("terms", [(), TERMS, BY_DISTANCE])
 def test_tiled_is_as_exact_as_pytorch(sample, check, mask_name, terms, dtype):
     rate = 0.3 if terms else 0.0
     one = sample(mask_name, kv_heads=2, terms=terms, dropout=rate, dtype=dtype)

@@ -3,7 +3,9 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jaxtyping
 import pytest
@@ -14,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import flashpatch_kernels
 from flashpatch_kernels import attention, checks, op, reference
 from flashpatch_kernels.masks import Band, Boolean, Intervals, key_mask
-from flashpatch_kernels.options import Options
+from flashpatch_kernels.options import Options, Relative, Score
 
 B, H, H_KV, N, M, D, DV = 2, 4, 2, 6, 8, 16, 16
 
@@ -33,6 +35,22 @@ def terms(n=N, m=M, *, grad=False):
     return {
         name: torch.randn(*shape, generator=generator).requires_grad_(grad)
         for name, shape in shapes.items()
+    }
+
+
+def vectors(n=N, m=M, *, grad=False):
+    """Every term by distance that is clamped at its ends."""
+    generator = torch.Generator().manual_seed(2)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).requires_grad_(grad)
+
+    return {
+        "table": random(H, 3),
+        "first": -1,
+        "relative_queries": Relative(random(H, 5, 3), -2, random(B, H, n, 3)),
+        "relative_keys": Relative(random(1, 4, 2), -3, random(B, H, m, 2)),
+        "relative_values": Relative(random(1, 1, DV), 0),
     }
 
 
@@ -60,6 +78,35 @@ def test_slopes_fall_with_the_distance_from_the_query(lengths, with_table):
     expected = attention(q, k, v, bias=bias[None], causal=True, engine="reference", **more)
     torch.testing.assert_close(out, expected)
     inputs = (q, k, v, slopes)
+    dout = torch.randn_like(out)
+    for found, true in zip(
+        torch.autograd.grad(out, inputs, dout),
+        torch.autograd.grad(expected, inputs, dout),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, true)
+
+
+@pytest.mark.parametrize("engine", [None, "tiled"])
+def test_shaws_vectors_are_those_of_a_matrix_of_keys(engine):
+    q, k, v = tensors(grad=True)
+    embeddings = torch.randn(1, 2 * 2 + 1, D, requires_grad=True)
+    values = torch.randn(1, 2 * 2 + 1, DV, requires_grad=True)
+    at = (torch.arange(M) - torch.arange(N)[:, None]).clamp(-2, 2) + 2
+    out = attention(
+        q,
+        k,
+        v,
+        relative_queries=Relative(embeddings, -2, q * D**-0.5),
+        relative_values=Relative(values, -2),
+        engine=engine,
+    )
+    keys = k.repeat_interleave(2, 1)[:, :, None] + embeddings[0, at]  # [B, H, N, M, D]
+    weights = (torch.einsum("bhid,bhijd->bhij", q, keys) * D**-0.5).softmax(-1)
+    expected = weights @ v.repeat_interleave(2, 1)
+    expected = expected + torch.einsum("bhij,ijd->bhid", weights, values[0, at])
+    torch.testing.assert_close(out, expected)
+    inputs = (q, k, v, embeddings, values)
     dout = torch.randn_like(out)
     for found, true in zip(
         torch.autograd.grad(out, inputs, dout),
@@ -215,6 +262,15 @@ def test_empty_inputs_give_empty_outputs_or_zeros(n, m, batch, heads, engine):
         assert not grad.any()
 
 
+@pytest.mark.parametrize(("n", "m"), [(0, 5), (5, 0)])
+def test_vectors_by_distance_of_empty_inputs_have_no_gradient(n, m):
+    options = vectors(n, m, grad=True)
+    out = attention(*tensors(n, m, grad=True), **options)
+    assert not out.any()
+    for grad in torch.autograd.grad(out.sum(), tuple(Options(**options).terms.values())):
+        assert not grad.any()
+
+
 def test_without_keys_the_lse_is_that_of_the_sink():
     q, k, v = tensors(3, 0)
     _, lse = attention(q, k, v, return_lse=True)
@@ -227,6 +283,11 @@ def test_without_keys_the_lse_is_that_of_the_sink():
 # Refusals.
 
 q, k, v = tensors()
+QUERIES, KEYS, VALUES = (
+    vectors()[name] for name in ("relative_queries", "relative_keys", "relative_values")
+)
+# What is known of a function of Triton without importing it.
+FUNCTION = SimpleNamespace(cache_key="")
 BAD = {
     "no tensor": (TypeError, "q must be a tensor, not list", {"q": [1.0]}),
     "rank": (ValueError, r"k must have 4 dimensions.*\(2, 2, 8\)", {"k": k[..., 0]}),
@@ -310,6 +371,138 @@ BAD = {
         {"slopes": torch.zeros(3)},
     ),
     "table type": (TypeError, "table must be a tensor, not list", {"table": [1.0]}),
+    "first type": (
+        TypeError,
+        "first must be an int or None, not 1.5",
+        {"table": torch.zeros(H, 3), "first": 1.5},
+    ),
+    "first bool": (
+        TypeError,
+        "first must be an int or None, not True",
+        {"table": torch.zeros(H, 3), "first": True},
+    ),
+    "first of no table": (ValueError, "first=-3 says where a table begins", {"first": -3}),
+    "empty table": (
+        ValueError,
+        r"table must have at least one distance, not shape \(4, 0\)",
+        {"table": torch.zeros(H, 0), "first": 0},
+    ),
+    "clamped table's heads": (
+        ValueError,
+        r"table must have shape \(4, 3\), not \(2, 3\)",
+        {"table": torch.zeros(2, 3), "first": 0},
+    ),
+    "clamped table's type": (
+        TypeError,
+        "table must be a tensor, not list",
+        {"table": [1.0], "first": 0},
+    ),
+    "no Relative": (
+        TypeError,
+        "relative_queries must be a Relative, not Tensor",
+        {"relative_queries": QUERIES.embeddings},
+    ),
+    "first of a Relative": (
+        TypeError,
+        "first of relative_keys must be an int, not None",
+        {"relative_keys": replace(KEYS, first=None)},
+    ),
+    "embeddings' rank": (
+        ValueError,
+        r"embeddings of relative_queries must have shape \(heads or 1, T, E\), not \(5, 3\)",
+        {"relative_queries": replace(QUERIES, embeddings=QUERIES.embeddings[0])},
+    ),
+    "no embeddings": (
+        ValueError,
+        r"embeddings of relative_keys must have shape \(heads or 1, T, E\), not \(1, 0, 2\)",
+        {"relative_keys": replace(KEYS, embeddings=KEYS.embeddings[:, :0])},
+    ),
+    "embeddings' type": (
+        ValueError,
+        r"embeddings of relative_values must have shape \(heads or 1, T, E\), not list",
+        {"relative_values": Relative([1.0], 0)},
+    ),
+    "embeddings' heads": (
+        ValueError,
+        r"embeddings of relative_queries must have shape \(4 or 1, 5, 3\), not \(2, 5, 3\)",
+        {"relative_queries": replace(QUERIES, embeddings=QUERIES.embeddings[:2])},
+    ),
+    "embeddings' size": (
+        ValueError,
+        r"embeddings of relative_values must have shape \(4 or 1, 1, 16\), not \(1, 1, 7\)",
+        {"relative_values": Relative(torch.zeros(1, 1, 7), 0)},
+    ),
+    "embeddings' dtype": (
+        TypeError,
+        "embeddings of relative_values must be of a floating point dtype, not torch.int64",
+        {"relative_values": Relative(VALUES.embeddings.long(), 0)},
+    ),
+    "embeddings' device": (
+        ValueError,
+        "embeddings of relative_values is on meta, q on cpu",
+        {"relative_values": Relative(VALUES.embeddings.to("meta"), 0)},
+    ),
+    "vectors of values": (
+        ValueError,
+        "relative_values takes no vectors",
+        {"relative_values": replace(VALUES, vectors=q)},
+    ),
+    "no vectors": (
+        ValueError,
+        "relative_keys needs the vectors",
+        {"relative_keys": replace(KEYS, vectors=None)},
+    ),
+    "vectors' shape": (
+        ValueError,
+        r"vectors of relative_keys must have shape \(2, 4, 8, 2\), not \(2, 4, 6, 3\)",
+        {"relative_keys": replace(KEYS, vectors=QUERIES.vectors)},
+    ),
+    "vectors' type": (
+        TypeError,
+        "vectors of relative_queries must be a tensor, not int",
+        {"relative_queries": replace(QUERIES, vectors=3)},
+    ),
+    "vectors' dtype": (
+        TypeError,
+        "vectors of relative_queries must be of a floating point dtype, not torch.int64",
+        {"relative_queries": replace(QUERIES, vectors=QUERIES.vectors.long())},
+    ),
+    "vectors' device": (
+        ValueError,
+        "vectors of relative_queries is on meta, q on cpu",
+        {"relative_queries": replace(QUERIES, vectors=QUERIES.vectors.to("meta"))},
+    ),
+    "no Score": (TypeError, "score must be a Score, not function", {"score": tensors}),
+    "score's function": (
+        TypeError,
+        "function of score must be a triton.jit function, not 'tanh'",
+        {"score": Score("tanh")},
+    ),
+    "score's derivative": (
+        TypeError,
+        "derivative of score must be a triton.jit function, not 1",
+        {"score": Score(FUNCTION, derivative=1)},
+    ),
+    "score's argument": (
+        TypeError,
+        "arguments of score must be tensors, not float",
+        {"score": Score(FUNCTION, arguments=(q, 1.0))},
+    ),
+    "score's device": (
+        ValueError,
+        "an argument of score is on meta, q on cpu",
+        {"score": Score(FUNCTION, arguments=(q.to("meta"),))},
+    ),
+    "score elsewhere": (
+        ValueError,
+        "no engine takes this call: a Triton function on scores runs on the Triton engine only",
+        {"score": Score(FUNCTION)},
+    ),
+    "score on tiled": (
+        ValueError,
+        "engine 'tiled' cannot serve this call: a Triton function on scores",
+        {"score": Score(FUNCTION), "engine": "tiled"},
+    ),
     "table dtype": (TypeError, "table must be of a floating", {"table": torch.zeros(H, 13).int()}),
     "table device": (ValueError, "table is on meta", {"table": torch.zeros(H, 13, device="meta")}),
     "bias shape": (
@@ -370,6 +563,8 @@ CALLS = {
     "bool": {"mask": (torch.arange(N * M).view(1, 1, N, M) % 3 > 0)},
     "dropout": {"dropout": 0.4},
     "terms": {**terms(), "softcap": 3.0},
+    "slopes": {"slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])},
+    "vectors": {**vectors(), "causal": True},
 }
 
 
@@ -389,7 +584,7 @@ def test_the_operators_keep_the_rules_of_torch(name):
     torch.library.opcheck(torch.ops.flashpatch.forward.default, (*inputs, "tiled", *flat))
     with torch.no_grad():
         out, lse = torch.ops.flashpatch.forward.default(*inputs, "tiled", *flat)
-    needs = ["q", "v", *(["table", "bias", "sinks"] if name == "terms" else [])]
+    needs = ["q", "v", *options.terms]
     inputs = tuple(x.detach() for x in inputs)
     torch.library.opcheck(
         torch.ops.flashpatch.backward.default,
@@ -441,12 +636,12 @@ def test_it_compiles_once_for_every_length():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_recomputes_the_same_dropout(reentrant):
-    inputs, options = tensors(grad=True), terms(grad=True)
+    inputs, options = tensors(grad=True), terms(grad=True) | vectors(grad=True)
 
     def call(q, k, v):
         return attention(q, k, v, causal=True, dropout=0.5, engine="tiled", **options)
 
-    every = (*inputs, *options.values())
+    every = (*inputs, *Options(**options).terms.values())
     results = []
     for run in (call, partial(checkpoint, call, use_reentrant=reentrant)):
         torch.manual_seed(0)
@@ -460,7 +655,7 @@ def test_checkpointing_recomputes_the_same_dropout(reentrant):
 
 @pytest.mark.parametrize("engine", [None, "tiled", "reference"])
 def test_autocast_computes_in_its_dtype(engine):
-    inputs, options = tensors(grad=True), terms(grad=True)
+    inputs, options = tensors(grad=True), terms(grad=True) | vectors(grad=True)
     low = tuple(x.detach().bfloat16() for x in inputs)
     expected = attention(*low, engine=engine, **options)
     with torch.autocast("cpu", torch.bfloat16):
@@ -470,7 +665,7 @@ def test_autocast_computes_in_its_dtype(engine):
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, expected)
     assert torch.equal(mixed, expected)
-    for x in (*inputs, *options.values()):
+    for x in (*inputs, *Options(**options).terms.values()):
         assert x.grad.dtype == torch.float32
 
 
@@ -515,6 +710,8 @@ def test_the_shapes_that_it_is_annotated_with_are_true():
     q, k, v = tensors()
     every = terms()
     assert checked(q, k, v, causal=True, **every).shape == (B, H, N, DV)
+    assert checked(q, k, v, **vectors()).shape == (B, H, N, DV)
+    assert checked(q, k, v, slopes=torch.ones(H)).shape == (B, H, N, DV)
     assert checked(q, k, v, mask=key_mask(torch.ones(B, M).bool()), window=(2, None)).shape
     assert len(checked(q, k, v, mask=torch.ones(B, M).bool(), return_lse=True)) == 2
     with pytest.raises(jaxtyping.TypeCheckError):

@@ -6,7 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flashpatch_kernels import dropout, reference
 from flashpatch_kernels.masks import Band, Boolean, allowed
-from flashpatch_kernels.options import Options
+from flashpatch_kernels.options import Options, Relative
 
 
 def test_it_is_pytorchs_attention(sample, mask_name):
@@ -22,7 +22,16 @@ def test_it_agrees_with_a_user_of_pytorch_on_every_term(sample, mask_name, pytor
         mask_name,
         dtype=torch.float64,
         kv_heads=2,
-        terms=("softcap", "table", "bias", "sinks"),
+        terms=(
+            "softcap",
+            "clamped table",
+            "slopes",
+            "bias",
+            "sinks",
+            "relative_queries",
+            "relative_keys",
+            "relative_values",
+        ),
         dropout=0.3,
     )
     found, expected = one.answer(reference.attention), one.answer(pytorch)
@@ -49,6 +58,58 @@ def test_the_table_is_read_by_the_distance_of_key_and_query():
         for i in range(3):
             for j in range(4):
                 assert dense[h, i, j] == table[h, j - i + 2]
+
+
+def random(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def test_vectors_on_keys_and_values_are_the_equations_of_shaw():
+    """Equations 3 and 4 of Shaw et al. (2018), whose distances are clipped at k = 2."""
+    k, n, d = 2, 7, 3
+    Q, K, V = random(n, d), random(n, d), random(n, d)
+    wK, wV = random(2 * k + 1, d), random(2 * k + 1, d)
+    z = torch.zeros(n, d, dtype=torch.float64)
+    for i in range(n):
+        clip = [max(-k, min(k, j - i)) + k for j in range(n)]
+        e = torch.stack([Q[i] @ (K[j] + wK[clip[j]]) / d**0.5 for j in range(n)])
+        for j, a in enumerate(e.softmax(0)):
+            z[i] += a * (V[j] + wV[clip[j]])
+
+    Q, K, V = (x[None, None] for x in (Q, K, V))
+    options = Options(
+        scale=d**-0.5,
+        relative_queries=Relative(wK[None], -k, Q * d**-0.5),
+        relative_values=Relative(wV[None], -k),
+    )
+    out, _ = reference.attention(Q, K, V, options)
+    torch.testing.assert_close(out[0, 0], z)
+
+
+def test_vectors_of_queries_and_of_keys_are_the_terms_of_deberta():
+    """Equation 4 of He et al. (2021), less its scale: content, content to position, and back."""
+    k, n, d = 2, 6, 3
+    Qc, Kc, V = random(2, n, d), random(2, n, d), random(2, n, d)  # 2 heads
+    Qr, Kr = random(2, 2 * k, d), random(2, 2 * k, d)
+
+    def delta(i, j):
+        return 0 if i - j <= -k else 2 * k - 1 if i - j >= k else i - j + k
+
+    scores = torch.zeros(2, n, n, dtype=torch.float64)
+    for h in range(2):
+        for i in range(n):
+            for j in range(n):
+                scores[h, i, j] = Qc[h, i] @ Kc[h, j] + Qc[h, i] @ Kr[h, delta(i, j)]
+                scores[h, i, j] += Kc[h, j] @ Qr[h, delta(j, i)]
+
+    # Its index of content to position falls with j - i, so that its entries go backwards.
+    options = Options(
+        relative_queries=Relative(Kr.flip(1), 1 - k, Qc[None]),
+        relative_keys=Relative(Qr, -k, Kc[None]),
+    )
+    out, lse = reference.attention(Qc[None], Kc[None], V[None], options)
+    torch.testing.assert_close(out[0], scores.softmax(-1) @ V)
+    torch.testing.assert_close(lse[0], scores.logsumexp(-1))
 
 
 def test_a_row_that_sees_nothing_gives_zero_and_no_gradient(sample):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from flashpatch_kernels import attention, op, second_order
-from flashpatch_kernels.masks import Boolean, key_mask
+from flashpatch_kernels.masks import Band, Boolean, key_mask
+from flashpatch_kernels.options import TERMS, Options, Relative
 
 B, H, H_KV, N, M, D, DV = 2, 2, 1, 5, 6, 3, 2
 
@@ -19,13 +20,26 @@ def tensors(dtype=torch.float64):
     )
 
 
-def terms():
+def every_term(**more):
     generator = torch.Generator().manual_seed(1)
-    shapes = {"table": (H, N + M - 1), "bias": (1, H, N, M), "sinks": (H,)}
-    return {
-        name: torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
-        for name, shape in shapes.items()
-    }
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    return Options(
+        mask=Band(right=0, offset=M - N),
+        softcap=2.0,
+        slopes=random(H),
+        bias=random(1, H, N, M),
+        sinks=random(H),
+        relative_queries=Relative(random(H, 4, 2), -2, random(B, H, N, 2)),
+        relative_keys=Relative(random(1, 3, 1), -1, random(B, H, M, 1)),
+        relative_values=Relative(random(H, 5, DV), -3),
+        **{
+            name: random(*shape) if isinstance(shape, tuple) else shape
+            for name, shape in more.items()
+        },
+    )
 
 
 MASKS = {
@@ -51,14 +65,18 @@ def test_gradients_of_gradients_are_those_of_finite_differences(mask):
     assert torch.autograd.gradgradcheck(attend, tensors())
 
 
-def test_every_term_takes_part():
-    names = list(terms())
+@pytest.mark.parametrize("table", [{"table": (H, N + M - 1)}, {"table": (H, 4), "first": -2}])
+def test_every_term_takes_part(table):
+    options = every_term(**table)
+    names = list(options.terms)
+    assert names == list(TERMS)
 
     def attend(q, k, v, *more):
-        options = dict(zip(names, more, strict=True))
-        return attention(q, k, v, engine="tiled", causal=True, softcap=2.0, **options)
+        changed = options.with_terms(dict(zip(names, more, strict=True)))
+        return op.run(q, k, v, changed, "tiled")[0]
 
-    assert torch.autograd.gradgradcheck(attend, (*tensors(), *terms().values()))
+    inputs = (*tensors(), *options.terms.values())
+    assert torch.autograd.gradgradcheck(attend, inputs, fast_mode=True)
 
 
 def test_the_lse_takes_part():

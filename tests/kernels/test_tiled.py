@@ -1,7 +1,9 @@
 """The tiled engine against the equations, in every combination that a call may ask for."""
 
+import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +13,11 @@ from hypothesis import strategies as st
 from flashpatch_kernels import dropout, tiled
 from flashpatch_kernels.masks import Band, Boolean, Intervals
 from flashpatch_kernels.op import run
-from flashpatch_kernels.options import Options
+from flashpatch_kernels.options import Options, Relative
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-TERMS = ("softcap", "table", "bias", "sinks")
+RELATIVE = ("relative_queries", "relative_keys", "relative_values")
+TERMS = ("softcap", "table", "slopes", "bias", "sinks", *RELATIVE)
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +41,92 @@ def test_all_terms_together_are_as_exact_as_pytorch(sample, check, mask_name, dt
     check(sample(mask_name, kv_heads=2, dtype=dtype, terms=TERMS, dropout=0.3), attend)
 
 
-@pytest.mark.parametrize("term", TERMS)
-def test_each_term_alone_is_as_exact_as_pytorch(sample, check, term):
-    check(sample("causal", terms=(term,)), attend)
+@pytest.mark.parametrize("term", [*TERMS, "clamped table"])
+@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize("mask", ["full", "causal", "causal keys"])
+def test_each_term_alone_is_as_exact_as_pytorch(sample, check, term, kv_heads, mask):
+    check(sample(mask, terms=(term,), kv_heads=kv_heads), attend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("embedding_heads", [4, 1])
+@pytest.mark.parametrize("term", ["clamped table", *RELATIVE])
+def test_terms_by_distance_are_as_exact_as_pytorch(sample, check, term, embedding_heads, dtype):
+    one = sample(
+        "window",
+        dtype=dtype,
+        terms=(term,),
+        kv_heads=2,
+        d=6,
+        dv=9,
+        embedding_heads=embedding_heads,
+        dropout=0.2,
+    )
+    check(one, attend)
+
+
+@pytest.mark.parametrize(
+    ("first", "entries"),
+    [
+        (-36, 81),  # every distance has its own
+        (-60, 30),  # before and into the distances that there are
+        (-60, 10),  # before all of them
+        (30, 40),  # within and beyond
+        (60, 10),  # beyond all of them
+        (-100, 300),
+        (0, 1),
+        (-3, 2),
+    ],
+)
+def test_distances_beyond_the_ends_have_the_entry_of_the_end(sample, check, first, entries):
+    one = sample("full", terms=("clamped table", *RELATIVE), first=first, entries=entries)
+    check(one, attend)
+
+
+@given(
+    lengths=st.tuples(*[st.integers(1, 30)] * 2),
+    tile=st.tuples(*[st.integers(1, 16)] * 2),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    embedding_heads=st.sampled_from([1, 4]),
+    entries=st.integers(1, 30),
+    first=st.integers(-40, 40),
+    terms=st.sets(st.sampled_from(["clamped table", *RELATIVE]), min_size=1),
+)
+@settings(max_examples=40)
+def test_repeating_the_entries_of_the_ends_changes_nothing(
+    sample, lengths, tile, kv_heads, embedding_heads, entries, first, terms
+):
+    """A call whose tables are clamped, and one whose tables have all distances, agree."""
+    n, m = lengths
+    one = sample(
+        "full",
+        dtype=torch.float64,
+        n=n,
+        m=m,
+        d=3,
+        kv_heads=kv_heads,
+        embedding_heads=embedding_heads,
+        entries=entries,
+        first=first,
+        terms=tuple(sorted(terms)),
+    )
+    names = [name for name in one.options.terms if not name.endswith("vectors")]
+    at = (torch.arange(1 - n, m) - first).clamp(0, entries - 1)
+    whole = {name: x.index_select(1, at) for name, x in one.inputs.items() if name in names}
+    moved = {name: replace(getattr(one.options, name), first=1 - n) for name in terms & {*RELATIVE}}
+    options = replace(one.options, first=None, **moved)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "CPU_TILE", tiled.TileSize(*tile, 3 * math.prod(tile)))
+        clamped = one.answer(attend)
+        every = one.answer(lambda q, k, v, _: attend(q, k, v, options.with_terms(whole)))
+    for name, x in clamped.items():
+        torch.testing.assert_close(x, every[name], msg=name)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 90), (90, 1), (3, 70), (70, 3)])
+@pytest.mark.parametrize("term", RELATIVE)
+def test_vectors_by_distance_of_few_queries_or_keys(sample, check, n, m, term):
+    check(sample("causal", n=n, m=m, terms=(term,), kv_heads=2), attend)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +183,7 @@ def test_nothing_unwritten_is_read(sample, check, mask_name, poisoned_memory):
 
 
 def test_rows_that_see_nothing_give_zero(sample):
-    one = sample("full", terms=("table",))
+    one = sample("full", terms=("table", *RELATIVE))
     hidden = Boolean(torch.zeros(1, 1, 1, 45, dtype=torch.bool))
     object.__setattr__(one.options, "mask", hidden)
     answer = one.answer(attend)
@@ -161,7 +247,7 @@ def test_any_strides(sample, check):
 def test_only_the_gradients_that_are_needed_are_computed(sample):
     one = sample("causal", terms=TERMS)
     out, lse = tiled.forward(one.q, one.k, one.v, one.options)
-    names = ("q", "k", "v", "table", "bias", "sinks")
+    names = tuple(one.inputs)
     every = tiled.backward(
         one.dout, None, one.q, one.k, one.v, out, lse, one.options, frozenset(names)
     )
@@ -182,17 +268,26 @@ def test_two_runs_agree_to_the_bit(sample):
 
 
 @pytest.mark.parametrize(
-    ("terms", "rate"), [((), 0.0), (("softcap",), 0.0), (TERMS, 0.0), (("table",), 0.4)]
+    ("terms", "rate"),
+    [((), 0.0), (("softcap",), 0.0), (TERMS, 0.0), (("table",), 0.4), (RELATIVE, 0.4)],
 )
 def test_gradients_agree_with_finite_differences(sample, terms, rate):
     one = sample(
-        "causal", dtype=torch.float64, kv_heads=2, n=4, m=5, d=2, terms=terms, dropout=rate
+        "causal",
+        dtype=torch.float64,
+        kv_heads=2,
+        n=4,
+        m=5,
+        d=2,
+        terms=terms,
+        dropout=rate,
+        entries=3,
+        first=-1,
     )
 
     def call(*tensors):
-        options = one.options.__dict__ | dict(zip(one.inputs, tensors, strict=True))
-        q, k, v = (options.pop(name) for name in "qkv")
-        return attend(q, k, v, Options(**options))
+        other = one.with_inputs(dict(zip(one.inputs, tensors, strict=True)))
+        return attend(other.q, other.k, other.v, other.options)
 
     assert torch.autograd.gradcheck(call, tuple(one.inputs.values()), fast_mode=True)
 
@@ -211,14 +306,17 @@ def test_on_a_device_no_mask_is_read():
             mask=mask,
             table=torch.zeros(4, 79, device="meta"),
             sinks=torch.zeros(4, device="meta"),
+            relative_queries=Relative(torch.zeros(4, 9, 8, device="meta"), -4, q),
+            relative_keys=Relative(torch.zeros(1, 9, 8, device="meta"), -4, k),
+            relative_values=Relative(torch.zeros(1, 9, 8, device="meta"), -4),
             dropout=0.1,
             seed=torch.zeros(1, dtype=torch.int64, device="meta"),
         )
         out, lse = tiled.forward(q, k, v, options)
-        grads = tiled.backward(
-            out, lse, q, k, v, out, lse, options, frozenset(("q", "k", "v", "table", "sinks"))
-        )
+        needs = frozenset(("q", "k", "v", *options.terms))
+        grads = tiled.backward(out, lse, q, k, v, out, lse, options, needs)
         assert grads["table"].shape == (4, 79)
+        assert grads["key_embeddings"].shape == (1, 9, 8)
 
 
 def test_a_mask_read_on_a_cpu_and_one_that_is_not_give_the_same(sample, mask_name, monkeypatch):
@@ -287,22 +385,59 @@ def test_dropout_does_not_depend_on_the_tiles(sample, check, size, monkeypatch):
     check(sample("causal window", dropout=0.5), attend)
 
 
-def test_memory_is_linear_in_the_length():
+TABLE = "table=random(2, 2 * n - 1)"
+VECTORS = (
+    "relative_queries=Relative(random(2, 2 * n - 1, 16), 1 - n, random(1, 2, n, 16)), "
+    "relative_keys=Relative(random(1, 65, 16), -32, random(1, 2, n, 16)), "
+    "relative_values=Relative(random(2, 2 * n - 1, 16), 1 - n)"
+)
+
+
+@pytest.mark.parametrize("terms", [TABLE, VECTORS])
+def test_memory_is_linear_in_the_length(terms):
     """Twice the length takes about twice the memory, and far less than one matrix of scores."""
-    code = """
-import resource, sys, torch
-from flashpatch_kernels import attention
-torch.set_num_threads(1)
+    used = mebibytes(
+        f"""
 def call(n):
-    q, k, v = (torch.randn(1, 2, n, 16, requires_grad=True) for _ in range(3))
-    table = torch.randn(2, 2 * n - 1, requires_grad=True)
-    attention(q, k, v, table=table, causal=True, engine="tiled").sum().backward()
+    q, k, v = (random(1, 2, n, 16) for _ in range(3))
+    attention(q, k, v, {terms}, causal=True, engine="tiled").sum().backward()
 call(512)
+""",
+        "call(4096)",
+    )
+    assert used < 2 * 4096 * 4096 * 4 / 2**20 / 4
+
+
+def test_one_query_has_no_matrix_of_keys():
+    """With few queries a tile has many keys, which vectors of keys must not make a square of."""
+    used = mebibytes(
+        """
+def call(m):
+    q, k, v = random(1, 2, 1, 16), random(1, 2, m, 16), random(1, 2, m, 16)
+    keys = Relative(random(1, 65, 16), -32, random(1, 2, m, 16))
+    attention(q, k, v, relative_keys=keys, engine="tiled").sum().backward()
+call(32)
+""",
+        "call(4096)",
+    )
+    assert used < 2 * 4096 * 4096 * 4 / 2**20 / 4
+
+
+def mebibytes(before, call):
+    """By how much a call raises the peak of a process."""
+    code = f"""
+import resource, torch
+from flashpatch_kernels import attention
+from flashpatch_kernels.options import Relative
+torch.set_num_threads(1)
+def random(*shape):
+    return torch.randn(*shape, requires_grad=True)
+{before}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-call(4096)
+{call}
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert float(answer.stdout) < 2 * 4096 * 4096 * 4 / 2**20 / 4
+    return float(answer.stdout)
