@@ -81,7 +81,7 @@ def terms(on: Machine, d: int, *, causal: bool) -> Iterator[Case]:
 
     mask: Mask = Band(right=0) if causal else Band()
     seed = torch.tensor([1], device=on.device)
-    half = random(2, heads, n, n).to(on.dtype)
+    half = random(1, heads, n, n).to(on.dtype)
     seen = torch.rand(n // 128 or 1, n // 128 or 1, device=on.device) < 0.05
     tiles = seen.repeat_interleave(128, 0).repeat_interleave(128, 1)[:n, :n].contiguous()
     options: dict[str, tuple[dict[str, Any], str | None]] = {
@@ -91,11 +91,14 @@ def terms(on: Machine, d: int, *, causal: bool) -> Iterator[Case]:
         "sinks, learnt": ({"sinks": random(heads)}, "sinks"),
         "table": ({"table": random(heads, 2 * n - 1)}, None),
         "table, learnt": ({"table": random(heads, 2 * n - 1)}, "table"),
+        "slopes": ({"slopes": random(heads)}, None),
+        "slopes, learnt": ({"slopes": random(heads)}, "slopes"),
+        "table of 257 distances": ({"table": random(heads, 257), "first": -128}, None),
+        "table of 257 distances, learnt": ({"table": random(heads, 257), "first": -128}, "table"),
         "key bias": ({"bias": random(2, heads, 1, n)}, None),
         "key bias, learnt": ({"bias": random(2, heads, 1, n)}, "bias"),
-        "bias": ({"bias": half}, None),
-        "bias, learnt": ({"bias": half.clone()}, "bias"),
-        "bias of one row, learnt": ({"bias": half[:1].clone()}, "bias"),
+        "bias [1, H, N, N]": ({"bias": half}, None),
+        "bias [1, H, N, N], learnt": ({"bias": half.clone()}, "bias"),
         "dropout": ({"dropout": 0.1, "seed": seed}, None),
         "boolean, all true": ({"mask": Boolean(torch.ones_like(tiles)[None, None])}, None),
         "boolean, 95% empty": ({"mask": Boolean(tiles[None, None])}, None),
@@ -114,17 +117,23 @@ def t5(on: Machine) -> Iterator[Case]:
     q, k, v = qkv
     weight = torch.randn(32, heads, device=on.device, requires_grad=True)
     distance = torch.arange(1 - n, n, device=on.device)
+    near = torch.arange(-128, 129, device=on.device)
     bucket: Any = T5Attention._relative_position_bucket
 
     def bias(at: Tensor) -> Tensor:
         return weight[bucket(at, bidirectional=True, num_buckets=32, max_distance=128)]
 
     def table() -> Tensor:
+        record = Options(scale=1.0, table=bias(near).T, first=-128)
+        return run(q, k, v, record, on.engine)[0]
+
+    def whole_table() -> Tensor:
         record = Options(scale=1.0, table=bias(distance).T)
         return run(q, k, v, record, on.engine)[0]
 
     yield ours("none", on, qkv, scale=1.0)
-    yield Case("table", table, (*qkv, weight))
+    yield Case("table, clamped", table, (*qkv, weight))
+    yield Case("table, whole", whole_table, (*qkv, weight))
     i = torch.arange(n, device=on.device)
 
     def dense() -> Tensor:

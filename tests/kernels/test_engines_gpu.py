@@ -42,6 +42,8 @@ def test_tiled_is_as_exact_as_pytorch(sample, check, mask_name, terms, dtype):
     [
         {"terms": ("softcap",)},
         {"terms": ("table",)},
+        {"terms": ("clamped table",)},
+        {"terms": ("slopes",)},
         {"terms": ("sinks",)},
         {"dropout": 0.3},
         {"terms": TERMS, "dropout": 0.3},

@@ -103,8 +103,8 @@ def terms_of(call: launching.Setup, *, both: bool) -> Terms:
 
 Functions = tuple[Any, Any]
 
-POINTERS: tuple[Functions, Functions] = ((bias.open, bias.add_pairs),) * 2
-KEY_POINTERS: tuple[Functions, Functions] = ((bias.open, bias.add_keys),) * 2
+POINTERS = ((bias.open, bias.add_pairs), (bias.open, bias.add_pairs))
+KEY_POINTERS = ((bias.open, bias.add_keys), (bias.open, bias.add_keys))
 TILES = (
     (bias.open_tiles, bias.add_tiles),
     (bias.open_tiles_transposed, bias.add_tiles_transposed),
