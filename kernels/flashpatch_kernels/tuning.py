@@ -79,18 +79,18 @@ TABLE: dict[tuple[str, str, Pass], tuple[tuple[int, Tile], ...]] = {
     ),
     # Beside a table or a bias of pairs, of which every tile of scores reads one.
     ("sm90", "half bias", "forward"): (
-        (64, Tile(128, 64, 8, 3, tma=True)),
-        (128, Tile(128, 64, 8, 2, tma=True)),
+        (64, Tile(128, 64, 4, 3, tma=True)),
+        (128, Tile(128, 64, 4, 2, tma=True)),
         (256, Tile(64, 64, 8, 2, tma=True)),
         (512, Tile(32, 32, 8, 1, tma=True)),
     ),
     ("sm90", "half bias", "dkdv"): (
-        (64, Tile(64, 64, 4, 3, tma=True)),
-        (128, Tile(64, 64, 8, 3, tma=True)),
+        (96, Tile(64, 64, 4, 3, tma=True)),
+        (128, Tile(32, 64, 4, 3, tma=True)),
     ),
     ("sm90", "half bias", "dq"): (
         (64, Tile(64, 64, 4, 3, tma=True)),
-        (128, Tile(128, 64, 8, 3, tma=True)),
+        (128, Tile(64, 64, 4, 2, tma=True)),
         (256, Tile(64, 32, 8, 2, tma=True)),
         (512, Tile(32, 32, 8, 1, tma=True)),
     ),

@@ -24,6 +24,20 @@ def add_keys(s, i, j, m, n, head, score, source):
 
 
 @triton.jit
+def add_keys_once(s, i, j, m, n, head, score, source):
+    """As `add_keys`, on NVIDIA's cards, of float32.
+
+    Each number is loaded by one thread and passed on, where Triton would have every thread load all
+    that it needs, which takes more registers than there are. It cannot see through the assembly.
+    """
+    at = of_head(score, head, source) + tl.reshape(j, (j.shape[0] * j.shape[1],))
+    one = tl.inline_asm_elementwise(
+        "mov.f32 $0, $1;", "=f,f", [tl.load(at)], dtype=tl.float32, is_pure=False, pack=1
+    )
+    return s + tl.reshape(one, (j.shape[0], j.shape[1]))
+
+
+@triton.jit
 def add_pairs(s, i, j, m, n, head, score, source):
     """The bias of a pair, for tiles of either orientation."""
     at = of_head(score, head, source) + (i.to(tl.int64) * score[9] + j)
@@ -49,30 +63,6 @@ def tile(m, n, head, score, source, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     batch = tl.where(score[7] == 0, 0, score[2])
     h = tl.where(score[8] == 0, 0, tl.cast(head, tl.int32))
     return source.load([batch, h, m, n]).reshape(ROWS, COLUMNS).to(tl.float32)
-
-
-@triton.jit
-def open_key_tiles(score, pointers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A bias of keys, for tiles [queries, keys]."""
-    return descriptor(score, pointers[0], 1, 1, COLUMNS)
-
-
-@triton.jit
-def add_key_tiles(s, i, j, m, n, head, score, source):
-    """The bias of a key, for tiles [queries, keys]."""
-    return s + tile(0, n, head, score, source, 1, s.shape[1])
-
-
-@triton.jit
-def open_key_tiles_transposed(score, pointers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A bias of keys, for tiles [keys, queries]."""
-    return descriptor(score, pointers[0], 1, 1, ROWS)
-
-
-@triton.jit
-def add_key_tiles_transposed(s, i, j, m, n, head, score, source):
-    """The bias of a key, for tiles [keys, queries]."""
-    return s + tile(0, n, head, score, source, 1, s.shape[0]).T
 
 
 @triton.jit

@@ -34,7 +34,7 @@ def opened(score, pointers, OPENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl
 def scores(product, i, j, m, n, head, level, score, sources, C: tl.constexpr, ADDS: tl.constexpr):
     """Scores of products, and the hyperbolic tangent that the cap took of them.
 
-    `level` is a term's value where it is the same in all of the tile, or None.
+    `level` is what terms add that is known already: a number, a tile or None.
     """
     s = product * score[0]
     t = s
@@ -46,6 +46,12 @@ def scores(product, i, j, m, n, head, level, score, sources, C: tl.constexpr, AD
     for x in tl.static_range(len(ADDS)):
         s = ADDS[x](s, i, j, m, n, head, score, sources[x])
     return s, t
+
+
+@triton.jit
+def nothing(s, i, j, m, n, head, score, source):
+    """The `add` of a term that is taken into account elsewhere."""
+    return s
 
 
 @triton.jit

@@ -27,6 +27,7 @@ class Walk(NamedTuple):
             are seen wholly, how many there are.
         place: (the same, t) -> row, head, first query and first key of the t-th tile.
         finish: (walk, pid, acc, out, n_queries, n_keys, C) stores the sum.
+        fixed: Which of the terms add the same to all of a program's tiles.
         numbers: What the functions are given as `walk`.
         n_programs: In all.
     """
@@ -34,6 +35,7 @@ class Walk(NamedTuple):
     steps: Any
     place: Any
     finish: Any
+    fixed: int | None
     numbers: tuple[int, int, int, int]
     n_programs: int
 
@@ -90,7 +92,7 @@ def load(
 @triton.jit
 def sums_step(
     acc, queries, keys, values, douts, stats, n_rows, batch, head, m, n, mask, n_heads, group,
-    n_queries, n_keys, to_log2, score, sources, drop,
+    n_queries, n_keys, to_log2, level, score, sources, drop,
     ROWS: tl.constexpr, SEEN: tl.constexpr, RUNS: tl.constexpr, ADDS: tl.constexpr,
     C: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +105,7 @@ def sums_step(
     inside_j = tl.minimum(j, n_keys - 1) if MASKED else j
     s = tiles.inner(q, k, C)  # [BM, BN]
     s, _ = scores.scores(
-        s, inside_i, inside_j, m, n, head, None, score, sources, C, ADDS
+        s, inside_i, inside_j, m, n, head, level, score, sources, C, ADDS
     )  # fmt: skip
     bh = tl.cast(batch * n_heads + head, tl.int64)
     lse, delta = load_stats(stats, n_rows, bh, m, n_queries, C.BM, MASKED)
@@ -134,7 +136,7 @@ def sums_kernel(
     seed, threshold, keep_scale,
     walk0, walk1, walk2, walk3,
     ROWS: tl.constexpr, SEEN: tl.constexpr, WHOLE: tl.constexpr, RUNS: tl.constexpr,
-    OPENS: tl.constexpr, ADDS: tl.constexpr, FAR_ADDS: tl.constexpr, CODE: tl.constexpr,
+    OPENS: tl.constexpr, ADDS: tl.constexpr, FIXED: tl.constexpr, CODE: tl.constexpr,
     STEPS: tl.constexpr, PLACE: tl.constexpr, FINISH: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """One sum of the ds of several tiles."""
@@ -142,10 +144,18 @@ def sums_kernel(
             tiles_of, tiles_batch, tiles_head)  # fmt: skip
     walk = (walk0, walk1, walk2, walk3)
     drop = (seed, threshold, keep_scale)
-    score = (factor, cap, 0, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head, bias_row,
-             table_rows, table_row, first, last, origin)  # fmt: skip
-    sources = scores.opened(score, pointers, OPENS, C.BM, C.BN)
     pid = tl.program_id(0)
+    whole, steps = STEPS(walk, pid, mask, n_batch, n_heads, n_queries, n_keys, WHOLE, C)
+    b, h, m, n = PLACE(walk, pid, 0, mask, n_batch, n_heads, n_queries, n_keys, WHOLE, C)
+    score = (factor, cap, b, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head,
+             bias_row, table_rows, table_row, first, last, origin)  # fmt: skip
+    sources = scores.opened(score, pointers, OPENS, C.BM, C.BN)
+    level = None
+    if FIXED is not None:
+        level = tiles.zeros(C.BM, C.BN, 0)[0]
+        i = tl.minimum(tl.maximum(m, 0) + tl.arange(0, C.BM), n_queries - 1)[:, None]
+        j = tl.minimum(tl.maximum(n, 0) + tl.arange(0, C.BN), n_keys - 1)[None, :]
+        level = FIXED[0](level, i, j, m, n, h, score, sources[FIXED[1]])
     n_rows = tl.cast(n_batch * n_heads, tl.int64) * n_queries
     kv_heads = n_heads // group
     queries = operand(
@@ -159,14 +169,14 @@ def sums_kernel(
         DO, do_batch, do_head, do_row, n_batch, n_heads, n_queries, C.BM, C.DV, C.V0, C.V1, C
     )
     acc = tiles.zeros(C.BM, C.BN, 0)[0]
-    whole, steps = STEPS(walk, pid, mask, n_batch, n_heads, n_queries, n_keys, WHOLE, C)
     for t in tl.range(0, whole):
         b, h, m, n = PLACE(walk, pid, t, mask, n_batch, n_heads, n_queries, n_keys, WHOLE, C)
         score = (factor, cap, b, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head,
                  bias_row, table_rows, table_row, first, last, origin)  # fmt: skip
         acc = sums_step(
             acc, queries, keys, values, douts, STATS, n_rows, b, h, m, n, mask, n_heads, group,
-            n_queries, n_keys, to_log2, score, sources, drop, ROWS, SEEN, RUNS, ADDS, C, False,
+            n_queries, n_keys, to_log2, level, score, sources, drop,
+            ROWS, SEEN, RUNS, ADDS, C, False,
         )  # fmt: skip
     for t in tl.range(whole, steps):
         b, h, m, n = PLACE(walk, pid, t, mask, n_batch, n_heads, n_queries, n_keys, WHOLE, C)
@@ -174,7 +184,8 @@ def sums_kernel(
                  bias_row, table_rows, table_row, first, last, origin)  # fmt: skip
         acc = sums_step(
             acc, queries, keys, values, douts, STATS, n_rows, b, h, m, n, mask, n_heads, group,
-            n_queries, n_keys, to_log2, score, sources, drop, ROWS, SEEN, RUNS, ADDS, C, True,
+            n_queries, n_keys, to_log2, level, score, sources, drop,
+            ROWS, SEEN, RUNS, ADDS, C, True,
         )  # fmt: skip
     FINISH(walk, pid, acc, OUT, n_queries, n_keys, C)
 
@@ -194,6 +205,6 @@ def sum_ds(shared: Shared, out: Tensor, walk: Walk) -> None:
         *(*call.cap, added.straight.pointers, *added.numbers, *call.drop),
         *walk.numbers,
         *(call.mask.rows, call.mask.seen, call.mask.whole, call.mask.has_runs),
-        *added.straight.functions,
+        *added.straight.without(walk.fixed),
         *(walk.steps, walk.place, walk.finish, fixed),
     )

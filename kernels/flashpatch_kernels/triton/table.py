@@ -80,12 +80,6 @@ def add_tiles_transposed(s, i, j, m, n, head, score, source):
 
 
 @triton.jit
-def nothing(s, i, j, m, n, head, score, source):
-    """Tiles on which the table is constant: `levels` has what to add."""
-    return s
-
-
-@triton.jit
 def levels(score, copies, head):
     """The first and the last bias of a head's copies, which hold on all tiles beyond the ends."""
     row = score[11] * 8

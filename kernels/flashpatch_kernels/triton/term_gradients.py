@@ -223,11 +223,15 @@ def bias_gradient(shared: Shared, bias: Tensor) -> Tensor:
     tile, _ = shared.call.tuned("sums")
     out = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     n_programs = rows * heads * triton.cdiv(n_keys, tile.BN)
-    functions = (keys_steps, keys_place, keys_finish)
+    functions, fixed = (keys_steps, keys_place, keys_finish), None
     if n_rows == n_queries > 1:
         n_programs *= triton.cdiv(n_queries, tile.BM)
-        functions = (pairs_steps, pairs_place, pairs_finish)
-    sum_ds(shared, out, Walk(*functions, (rows, heads, 0, 0), n_programs))
+        # Of one tile of the bias, the last of the terms.
+        functions, fixed = (
+            (pairs_steps, pairs_place, pairs_finish),
+            len(shared.added.straight.adds) - 1,
+        )
+    sum_ds(shared, out, Walk(*functions, fixed, (rows, heads, 0, 0), n_programs))
     return out
 
 
@@ -250,7 +254,8 @@ def table_gradient(shared: Shared, table: Tensor, ends: Tensor | None) -> Tensor
     if n_diagonals:
         functions = (table_steps, table_place, table_finish)
         numbers = (first_diagonal, n_diagonals, n_chunks, 0)
-        sum_ds(shared, sums, Walk(*functions, numbers, n_heads * n_diagonals * n_chunks))
+        # On a diagonal the table, the first of the terms, is the same in every tile.
+        sum_ds(shared, sums, Walk(*functions, 0, numbers, n_heads * n_diagonals * n_chunks))
     width = 128
     launching.launch(
         entries_kernel,

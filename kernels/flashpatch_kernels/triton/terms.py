@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from flashpatch_kernels.triton import bias, launching, slopes, table
+from flashpatch_kernels.triton import bias, launching, scores, slopes, table
 
 
 class Composed(NamedTuple):
@@ -30,6 +30,13 @@ class Composed(NamedTuple):
     def functions(self) -> tuple[Any, ...]:
         """What kernels are composed of, in their order."""
         return self.opens, self.adds, self.far_adds, self.code
+
+    def without(self, fixed: int | None) -> tuple[Any, ...]:
+        """The same with one term apart, for `sums_kernel`: its `add`, and its place."""
+        if fixed is None:
+            return self.opens, self.adds, None, self.code
+        rest = tuple(scores.nothing if at == fixed else add for at, add in enumerate(self.adds))
+        return self.opens, rest, (self.adds[fixed], fixed), self.code
 
     @staticmethod
     def of(terms: list[tuple[Any, Any, Any, Tensor]]) -> "Composed":
@@ -83,7 +90,7 @@ def terms_of(call: launching.Setup, *, both: bool) -> Terms:
         for orientation, add, x in zip(
             (straight, transposed), adds, (copies[0], copies[-1]), strict=True
         ):
-            orientation.append((opens, add, table.nothing if call.far else add, x))
+            orientation.append((opens, add, scores.nothing if call.far else add, x))
     if options.slopes is not None:
         one = (slopes.open, slopes.add, slopes.add, options.slopes)
         straight.append(one)
@@ -104,14 +111,11 @@ def terms_of(call: launching.Setup, *, both: bool) -> Terms:
 Functions = tuple[Any, Any]
 
 POINTERS = ((bias.open, bias.add_pairs), (bias.open, bias.add_pairs))
-KEY_POINTERS = ((bias.open, bias.add_keys), (bias.open, bias.add_keys))
+KEYS = ((bias.open, bias.add_keys), (bias.open, bias.add_keys))
+KEYS_ONCE = ((bias.open, bias.add_keys_once), (bias.open, bias.add_keys_once))
 TILES = (
     (bias.open_tiles, bias.add_tiles),
     (bias.open_tiles_transposed, bias.add_tiles_transposed),
-)
-KEY_TILES = (
-    (bias.open_key_tiles, bias.add_key_tiles),
-    (bias.open_key_tiles_transposed, bias.add_key_tiles_transposed),
 )
 
 
@@ -120,15 +124,12 @@ def _bias(
 ) -> tuple[tuple[Functions, Functions], Tensor, list[int]]:
     """`open` and `add` of a bias for both orientations, the bias, and its strides."""
     x = x if x.stride(-1) == 1 or n_keys == 1 else x.contiguous()
-    of_keys = x.shape[2] == 1 or x.stride(2) == 0
-    if tma and of_keys and not _aligned(x):
-        # A row of a head costs little to copy, and much to read by pointers.
-        padded = x.new_empty((*x.shape[:2], 1, (n_keys + 7) // 8 * 8))[..., :n_keys]
-        x = padded.copy_(x[:, :, :1])
-    if not (tma and _aligned(x)):
-        return KEY_POINTERS if of_keys else POINTERS, x, launching.strides(x)
-    strides = [stride // 8 for stride in launching.strides(x)]
-    return KEY_TILES if of_keys else TILES, x, strides
+    if x.shape[2] == 1 or x.stride(2) == 0:
+        x = x[:, :, :1].float() if launching.NVIDIA else x
+        return KEYS_ONCE if launching.NVIDIA else KEYS, x, launching.strides(x)
+    if tma and _aligned(x):
+        return TILES, x, [stride // 8 for stride in launching.strides(x)]
+    return POINTERS, x, launching.strides(x)
 
 
 def _aligned(x: Tensor) -> bool:

@@ -68,8 +68,14 @@ def ordered(found: Tensor) -> Tensor:
     """For each tile how many others it meets wholly, how many at all, and which, in that order.
 
     Returns:
-        int32 [B|1, H|1, tiles, 2 + others].
+        int32 [B|1, H|1, tiles, 2 + others]; what stands beyond the last is undefined.
     """
-    order = found.argsort(stable=True, dim=-1, descending=True)
-    counts = ((found == 2).sum(-1, keepdim=True), (found > 0).sum(-1, keepdim=True))
-    return torch.cat((*counts, order), dim=-1).to(torch.int32)
+    *matrices, n_tiles, n_others = found.shape
+    lists = found.new_empty((*matrices, n_tiles, 2 + n_others), dtype=torch.int32)
+    launching.launch(
+        tile_masks.lists_kernel,
+        found[..., 0].numel(),
+        Tile(1, 256, 4, 1),
+        *(lists, found, n_tiles, n_others, found.stride(1), *found.stride()[2:], 256),
+    )
+    return lists

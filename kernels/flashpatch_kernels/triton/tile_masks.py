@@ -324,3 +324,34 @@ def states_kernel(
     some = tl.max(seen.to(tl.int32))
     # A tile that reaches beyond the last query or key is never seen wholly.
     tl.store(STATES + pid, some + tl.min(seen.to(tl.int32)))
+
+
+@kernel
+def lists_kernel(
+    LISTS, STATES, n_tiles, n_others, matrix_stride, tile_stride, other_stride, SIZE: tl.constexpr
+):  # fmt: skip
+    """A tile's list from the states of its pairs with all others, SIZE of them at a time."""
+    pid = tl.program_id(0)
+    states = STATES + tl.cast(pid // n_tiles, tl.int64) * matrix_stride
+    states += tl.cast(pid % n_tiles, tl.int64) * tile_stride
+    to = LISTS + tl.cast(pid, tl.int64) * (n_others + 2)
+    n_whole = 0
+    n_part = 0
+    for start in tl.range(0, n_others, SIZE):
+        other = start + tl.arange(0, SIZE)
+        state = tl.load(states + other * other_stride, mask=other < n_others, other=0)
+        n_whole += tl.sum((state == 2).to(tl.int32))
+        n_part += tl.sum((state == 1).to(tl.int32))
+    tl.store(to, n_whole)
+    tl.store(to + 1, n_whole + n_part)
+    whole_at = 2
+    part_at = 2 + n_whole
+    for start in tl.range(0, n_others, SIZE):
+        other = start + tl.arange(0, SIZE)
+        state = tl.load(states + other * other_stride, mask=other < n_others, other=0)
+        whole = (state == 2).to(tl.int32)
+        part = (state == 1).to(tl.int32)
+        at = tl.where(state == 2, whole_at + tl.cumsum(whole), part_at + tl.cumsum(part)) - 1
+        tl.store(to + at, other, mask=(state > 0) & (other < n_others))
+        whole_at += tl.sum(whole)
+        part_at += tl.sum(part)
