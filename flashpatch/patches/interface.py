@@ -208,8 +208,8 @@ def read_call(
     position_bias = kwargs.get("position_bias")
     if causal and m > n:
         # an empty StaticCache: the keys beyond the queries are unwritten (upper-left alignment)
+        position_bias = crop(position_bias, n, m)
         k, v, m = k[:, :, :n], v[:, :, :n], n
-        position_bias = crop(position_bias, n)
     mask: Mask = Band(right=0) if causal else Band()
     bias = None
     if attention_mask is not None and attention_mask.is_floating_point():
@@ -220,10 +220,10 @@ def read_call(
     if window is not None:
         mask = within_window(mask, window, n, m)
     mask = keep_documents_apart(mask, settings, kwargs, n, m)
-    table = None
+    table = first = None
     if position_bias is not None and not is_constant(position_bias):
         if is_table(position_bias, n, m):
-            table = position_bias[0, :, 0]
+            table, first = position_bias[0, :, 0], first_distance(position_bias, n, m)
         else:
             bias = position_bias if bias is None else bias + position_bias
     scale, dropout = kwargs.get("scaling"), kwargs.get("dropout") or 0.0
@@ -232,6 +232,7 @@ def read_call(
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         softcap=kwargs.get("softcap"),
         table=table,
+        first=first,
         bias=bias,
         sinks=kwargs.get("s_aux"),
         dropout=dropout,
@@ -260,16 +261,25 @@ def is_constant(position_bias: Tensor) -> bool:
 
 
 def is_table(position_bias: Tensor, n: int, m: int) -> bool:
-    """Whether a position bias is the compact [1, H, 1, N + M - 1] instead of [1, H, N, M]."""
-    return position_bias.shape[0] == 1 and position_bias.shape[2:] == (1, n + m - 1)
+    """Whether a position bias is one of distances, [1, H, 1, T], instead of [1, H, N, M]."""
+    one_row = position_bias.shape[0] == 1 and position_bias.shape[2] == 1
+    return one_row and (n > 1 or position_bias.shape[3] == n + m - 1)
 
 
-def crop(position_bias: Tensor | None, n: int) -> Tensor | None:
-    """The position bias of the first n keys."""
+def first_distance(position_bias: Tensor, n: int, m: int) -> int | None:
+    """The distance of a table's entry 0, where it has not all N + M - 1: as many on either side."""
+    entries = position_bias.shape[3]
+    return None if entries == n + m - 1 else -(entries // 2)
+
+
+def crop(position_bias: Tensor | None, n: int, m: int) -> Tensor | None:
+    """The position bias of the first n of m keys."""
     if position_bias is None or is_constant(position_bias):
         return position_bias
-    last = 2 * n - 1 if position_bias.shape[2] == 1 else n
-    return position_bias[..., :last]
+    if is_table(position_bias, n, m):
+        whole = first_distance(position_bias, n, m) is None
+        return position_bias[..., : 2 * n - 1] if whole else position_bias
+    return position_bias[..., :n]
 
 
 def dense_position_bias(position_bias: Tensor, n: int, m: int) -> Tensor:
@@ -278,9 +288,11 @@ def dense_position_bias(position_bias: Tensor, n: int, m: int) -> Tensor:
         return position_bias.expand(1, 1, n, m)
     if n == 1 or not is_table(position_bias, n, m):
         return position_bias
+    first = first_distance(position_bias, n, m)
     i = torch.arange(n, device=position_bias.device)[:, None]
     j = torch.arange(m, device=position_bias.device)
-    return position_bias[:, :, 0, j - i + (n - 1)]
+    at = j - i - (1 - n if first is None else first)
+    return position_bias[:, :, 0, at.clamp(0, position_bias.shape[3] - 1)]
 
 
 def run_original(

@@ -6,7 +6,7 @@ which has no bias but builds a matrix of zeros, gives one zero. The rest is in `
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,17 @@ def table(
     device: torch.device | None = None,
     past_seen_tokens: int | Tensor = 0,
 ) -> Tensor:
-    """The bias of each distance j - i between key and query: [1, H, 1, N + M - 1].
+    """The bias of each distance j - i between key and query, [1, H, 1, N + M - 1] from 1 - N.
 
-    Entry j - i + N - 1 is that of query i and key j. The class's own method computes it, as the row
-    that one query at the last position would have on N + M - 1 keys.
+    The class's own method computes it, as the row that one query at the last position would have on
+    N + M - 1 keys. Beyond `relative_attention_max_distance` R all distances share a bucket: without
+    a past, those from -R to R say all, [1, H, 1, 2 R + 1] where that is less.
     """
     cls: Any = type(module)
+    reach = cast("int", module.relative_attention_max_distance)
+    no_past = isinstance(past_seen_tokens, int) and past_seen_tokens == 0
+    if no_past and query_length > 1 and 2 * reach + 1 < query_length + key_length - 1:
+        return cls.compute_bias(module, 1, 2 * reach + 1, device=device, past_seen_tokens=reach)
     return cls.compute_bias(
         module,
         1,

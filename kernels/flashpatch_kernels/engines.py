@@ -245,22 +245,13 @@ TRITON = Engine(
             lambda c: c.dtype != torch.bfloat16 or (c.capability or (8, 0)) >= (8, 0),
         ),
         (
-            Reason("TRITON_HEAD_SIZE", "the Triton kernels take head sizes from 16 to 256"),
-            lambda c: 16 <= c.head_size <= 256 and 16 <= c.value_size <= 256,
+            Reason("TRITON_HEAD_SIZE", "the Triton kernels take head sizes up to 512"),
+            lambda c: max(c.head_size, c.value_size) <= 512,
         ),
-        (
-            Reason("TRITON_BOOLEAN", "the Triton kernels take no boolean mask, only intervals"),
-            lambda c: c.mask is not Boolean,
-        ),
-        (Reason("TRITON_SOFTCAP", "the Triton kernels have no softcap"), lambda c: not c.softcap),
-        (Reason("TRITON_TABLE", "the Triton kernels take no table"), lambda c: not c.table),
         (
             Reason("TRITON_RELATIVE", "the Triton kernels take no vectors by distance"),
             lambda c: not c.relative,
         ),
-        (Reason("TRITON_BIAS", "the Triton kernels take no bias"), lambda c: not c.bias),
-        (Reason("TRITON_SINKS", "the Triton kernels take no sinks"), lambda c: not c.sinks),
-        (Reason("TRITON_DROPOUT", "the Triton kernels have no dropout"), lambda c: not c.dropout),
     ),
     preferences=(
         (
@@ -270,6 +261,14 @@ TRITON = Engine(
         (
             Reason("TRITON_FLOAT32", "PyTorch's attention is faster in float32"),
             lambda c: c.dtype != torch.float32 or not _sdpa_applies(c),
+        ),
+        (
+            Reason("TRITON_DROPOUT", "PyTorch's attention drops weights faster"),
+            lambda c: not c.dropout or not _sdpa_applies(c),
+        ),
+        (
+            Reason("TRITON_ONE_QUERY", "PyTorch's attention shares one query's keys out"),
+            lambda c: c.n_queries > 1 or not _sdpa_applies(c),
         ),
     ),
 )

@@ -266,7 +266,10 @@ def test_head_sizes_are_covered_by_two_chunks(engine, d):
 def test_every_head_size_has_a_tile_for_every_pass():
     passes = get_args(tuning.Pass)
     for arch, dtype, aligned, beside in itertools.product(
-        ("sm90", "any"), (torch.bfloat16, torch.float32), (True, False), ("", "bias", "dropout")
+        ("sm90", "any"),
+        (torch.bfloat16, torch.float32),
+        (True, False),
+        ("", "bias", "ends", "dropout"),
     ):
         for size in range(1, 513):
             asked = tuning.Question(arch, dtype, size, aligned, beside)

@@ -146,6 +146,8 @@ def dkdv_kernel(
         a, z = tile_masks.near_queries(first, last, n, t1, t2, C.BM, C.BN)
         whole -= z - a
     part = t3 - t0 - whole
+    # Few tiles: what memory they would take is worth more to the others.
+    NEAR_STAGES: tl.constexpr = 1 if C.FAR else None
     for t in tl.range(0, whole * group if GROUPED else whole):
         head = t // whole if GROUPED else 0
         x = t % whole if GROUPED else t
@@ -162,7 +164,7 @@ def dkdv_kernel(
             n_queries, n_keys, to_log2, level, score, sources, drop,
             ROWS, SEEN, PART, FAR_ADDS, C, False,
         )  # fmt: skip
-    for t in tl.range(0, part * group if GROUPED else part):
+    for t in tl.range(0, part * group if GROUPED else part, num_stages=NEAR_STAGES):
         head = t // part if GROUPED else 0
         x = t % part if GROUPED else t
         if C.FAR:
@@ -217,9 +219,12 @@ def dq_step(
         kept = dropout.kept(i, j, batch * n_heads + head, drop)
         dp = tl.where(kept, dp * drop[2], 0.0)
     ds = p * (dp - delta[:, None])
-    sloped, below, above = sums
+    mean, sloped, product, below, above = sums
     if SLOPES:
-        sloped -= tl.sum(ds * slopes.away(i, inside, score), 1)
+        away = slopes.away(i, inside, score)
+        mean += tl.sum(p * dp, 1)
+        sloped += tl.sum(p * away, 1)
+        product += tl.sum(p * dp * away, 1)
     if ENDS:
         if level is not None:
             row = tl.sum(ds, 1)
@@ -232,12 +237,12 @@ def dq_step(
             )
     if C.CAP:
         ds = ds * (1 - tanh * tanh)
-    return tiles.add_product(dq, ds, k, C), (sloped, below, above)
+    return tiles.add_product(dq, ds, k, C), (mean, sloped, product, below, above)
 
 
 @kernel
 def dq_kernel(
-    Q, K, V, DO, STATS, DQ, SUMS,
+    Q, K, V, DO, STATS, DLSE, DQ, SUMS,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     do_batch, do_head, do_row, dq_batch, dq_head, dq_row,
     n_batch, n_heads, group, n_queries, n_keys, wave, scale, to_log2,
@@ -254,7 +259,9 @@ def dq_kernel(
     """One tile of queries of one head, over the keys that it sees.
 
     What terms want to know of ds goes to SUMS [3, B, H, query tiles]: with SLOPES the sum of -ds
-    times the distance; with ENDS the sums beyond the first and the last distance of a table.
+    times the distance; with ENDS the sums beyond the first and the last distance of a table. For
+    slopes delta is summed anew: that of the output is as exact as the output, and large distances
+    would make much of its error.
     """
     mask = (left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
             tiles_of, tiles_batch, tiles_head)  # fmt: skip
@@ -289,7 +296,8 @@ def dq_kernel(
     i = start + tl.arange(0, C.BM)
     inside = tl.minimum(i, n_queries - 1)
     n_tiles = tl.cdiv(n_keys, C.BN)
-    sums = (tiles.column(C.BM), tiles.column(C.BM), tiles.column(C.BM))
+    zero = tiles.column(C.BM)
+    sums = (zero, zero, zero, zero, zero)
     whole = t2 - t1
     if C.FAR:
         a, z = tile_masks.near_keys(first, last, start, t1, t2, C.BM, C.BN)
@@ -309,7 +317,8 @@ def dq_kernel(
             SEEN, RUNS, FAR_ADDS, SLOPES, ENDS, C, False,
         )  # fmt: skip
     lo, hi = ROWS(mask, batch, i, n_queries, n_keys)
-    for t in tl.range(0, t3 - t0 - whole):
+    NEAR_STAGES: tl.constexpr = 1 if C.FAR else None
+    for t in tl.range(0, t3 - t0 - whole, num_stages=NEAR_STAGES):
         if C.FAR:
             number = tile_masks.near_tile(t, t0, t1, a, z, t2)
         else:
@@ -321,11 +330,15 @@ def dq_kernel(
             SEEN, RUNS, ADDS, SLOPES, ENDS, C, True,
         )  # fmt: skip
     if SLOPES or ENDS:
+        mean, sloped, product, below, above = sums
+        if DLSE is not None:
+            mean -= tl.load(DLSE + tl.cast(bh, tl.int64) * n_queries + inside)
         n_row_tiles = tl.cdiv(n_queries, C.BM)
         at = SUMS + (tl.cast(bh, tl.int64) * n_row_tiles + tile)
         stride = tl.cast(n_batch * n_heads, tl.int64) * n_row_tiles
-        for x in tl.static_range(3):
-            tl.store(at + x * stride, tl.sum(sums[x]))
+        tl.store(at, tl.sum(mean * sloped - product))
+        tl.store(at + stride, tl.sum(below))
+        tl.store(at + 2 * stride, tl.sum(above))
     if DQ is not None:
         DQ += (b * dq_batch + h * dq_head) * C.UNIT
         dq = tiles.scaled(dq, scale)
@@ -352,13 +365,14 @@ def backward(
     q, k, v, out, dout = (launching.readable(t) for t in (q, k, v, out, dout))
     call = launching.Setup.of(q, k, v, (out, dout, *written.values()), options)
     with launching.on(q.device):
+        dlse = None if dlse is None else dlse.contiguous()
         stats = compute_stats(call, out, dout, lse, dlse)
         shared = Shared(call, terms.terms_of(call, both=True), (q, k, v, dout), stats)
         for name in call.key_passes(needs):
             compute_dkdv(shared, name, written.get("k"), written.get("v"))
         sums = None
         if "q" in needs or "slopes" in needs or ("table" in needs and call.clamped):
-            sums = compute_dq(shared, written.get("q"), needs)
+            sums = compute_dq(shared, dlse, written.get("q"), needs)
         found = term_gradients(shared, sums, needs)
     for name, grad in grads.items():
         if written[name] is not grad:
@@ -399,7 +413,9 @@ def compute_dkdv(shared: Shared, name: tuning.Pass, dk: Tensor | None, dv: Tenso
     )
 
 
-def compute_dq(shared: Shared, dq: Tensor | None, needs: frozenset[str]) -> Tensor:
+def compute_dq(
+    shared: Shared, dlse: Tensor | None, dq: Tensor | None, needs: frozenset[str]
+) -> Tensor:
     """Writes dq from q, k, v and dout, and gives the sums of ds that terms want of it.
 
     Returns:
@@ -414,7 +430,7 @@ def compute_dq(shared: Shared, dq: Tensor | None, needs: frozenset[str]) -> Tens
         dq_kernel,
         n_tiles * n_batch * n_heads,
         tile,
-        *(*inputs, stats, dq, sums),
+        *(*inputs, stats, dlse, dq, sums),
         *call.strides(*inputs, inputs[0] if dq is None else dq),
         *call.sizes,
         call.wave(n_tiles, n_keys, group),

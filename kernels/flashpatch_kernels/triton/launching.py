@@ -220,8 +220,10 @@ class Setup:
         """What decides about tiles."""
         o = self.options
         kind = ""
-        if o.table is not None or (o.bias is not None and o.bias.shape[2] > 1):
+        if o.bias is not None and o.bias.shape[2] > 1:
             kind = "bias"
+        elif o.table is not None:
+            kind = "ends" if self.far else "bias"
         elif o.dropout > 0:
             kind = "dropout"
         size = max(self.head_sizes)

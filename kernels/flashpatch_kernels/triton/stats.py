@@ -84,7 +84,7 @@ def compute_stats(
         stats_kernel,
         triton.cdiv(n_queries, tile.BM) * n_batch * n_heads,
         tile,
-        *(out, dout, lse.contiguous(), None if dlse is None else dlse.contiguous(), stats),
+        *(out, dout, lse.contiguous(), dlse, stats),
         *call.strides(out, dout),
         *(n_heads, n_queries, lse.numel(), fixed),
     )
