@@ -4,6 +4,7 @@
 schema can say, and the engine's name. They are what autograd, torch.compile and checkpointing see.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
+from torch.nn import Parameter
 
 from flashpatch_kernels import checks, masks, reference, sdpa, second_order
 from flashpatch_kernels.engines import Call, choose, computing_dtype
@@ -199,9 +201,25 @@ def run(
     if engine == "reference":
         return reference.attention(q, k, v, options)
     arguments = (q, k, v, engine, *_flat(options))
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _watched(q):
+        return torch.ops.flashpatch.forward.default(*arguments)
+    if torch.is_grad_enabled():
         return _Attention.apply(*arguments)
-    return torch.ops.flashpatch.forward.default(*arguments)
+    return _forward(*arguments)
+
+
+def _watched(q: Tensor) -> bool:
+    """Whether something wants to see the operators: a mode, a transform, tensors without memory.
+
+    Otherwise they are passed by: the dispatcher takes longer over their many arguments than the
+    engines do.
+    """
+    return (
+        type(q) not in (Tensor, Parameter)
+        or q.device.type == "meta"
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _flat(options: Options) -> tuple[Any, ...]:
@@ -366,35 +384,50 @@ def _fake_backward(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.engine = inputs[3]
-    ctx.plain = [None if isinstance(x, Tensor) else x for x in inputs[4:]]
-    ctx.save_for_backward(
-        *inputs[:3], *output, *(x if isinstance(x, Tensor) else None for x in inputs[4:])
-    )
+    ctx.options, tensors = _apart(inputs[4:])
+    ctx.save_for_backward(*inputs[:3], *output, *tensors)
+
+
+# Stands for a tensor among options that are saved.
+_TENSOR = object()
+
+
+def _apart(options: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
+    """The options without their tensors, and these."""
+    plain = [_TENSOR if isinstance(x, Tensor) else x for x in options]
+    return plain, [x for x in options if isinstance(x, Tensor)]
+
+
+def _together(plain: list[Any], tensors: Sequence[Tensor]) -> list[Any]:
+    """The options with their tensors."""
+    rest = iter(tensors)
+    return [next(rest) if x is _TENSOR else x for x in plain]
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *tensors = ctx.saved_tensors
-    options = [p if x is None else x for p, x in zip(ctx.plain, tensors, strict=True)]
+    options = _together(ctx.options, tensors)
     needs = [name for name, at in _DIFFERENTIABLE.items() if ctx.needs_input_grad[at]]
     grads: list[Any] = [None] * 4 + _none_of(options)
     if dout is None and dlse is None:
         return tuple(grads)
     if dout is None:
         dout = torch.zeros_like(out)
-    found = torch.ops.flashpatch.backward.default(
-        dout, dlse, q, k, v, out, lse, ctx.engine, needs, *options
-    )
+    # With gradients enabled, the gradients are to be differentiated again.
+    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or _watched(q)
+    backward = torch.ops.flashpatch.backward.default if watched else _backward
+    found = backward(dout, dlse, q, k, v, out, lse, ctx.engine, needs, *options)
     for name, grad in zip(needs, found, strict=True):
         grads[_DIFFERENTIABLE[name]] = grad
     return tuple(grads)
 
 
 class _Attention(torch.autograd.Function):
-    """The operators' formula without what their registration costs: 60 us a call instead of 130."""
+    """The operators' formula without what the operators and their registration cost."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        output = torch.ops.flashpatch.forward.default(*arguments)
+        output = _forward(*arguments)
         _save(ctx, arguments, output)
         return output
 
@@ -411,8 +444,7 @@ def _none_of(options: list[Any]) -> list[Any]:
 
 def _save_twice(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:  # noqa: ARG001
     dout, dlse, q, k, v, _, _, ctx.engine, ctx.needs, *options = inputs
-    ctx.plain = [None if isinstance(x, Tensor) else x for x in options]
-    tensors = (x if isinstance(x, Tensor) else None for x in options)
+    ctx.options, tensors = _apart(options)
     ctx.save_for_backward(dout, dlse, q, k, v, *tensors)
 
 
@@ -423,7 +455,7 @@ def _differentiate_twice(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any
             f"engine {ctx.engine!r} has no second derivative; engine='tiled' has"
         )
     dout, dlse, q, k, v, *tensors = ctx.saved_tensors
-    flat = [p if x is None else x for p, x in zip(ctx.plain, tensors, strict=True)]
+    flat = _together(ctx.options, tensors)
     options = _record(*flat)
     if options.dropout:
         raise NotImplementedError("attention with dropout has no second derivative")

@@ -114,6 +114,13 @@ TABLE: dict[tuple[str, str, Pass], tuple[tuple[int, Tile], ...]] = {
         (256, Tile(64, 64, 8, 2, tma=True)),
         (512, Tile(32, 32, 8, 1, tma=True)),
     ),
+    # Under a boolean mask, of which tiles that are seen in part read a tile.
+    ("sm90", "half boolean", "forward"): (
+        (64, Tile(128, 64, 8, 3, tma=True)),
+        (128, Tile(128, 32, 8, 3, tma=True)),
+        (256, Tile(64, 64, 8, 2, tma=True)),
+        (512, Tile(32, 32, 8, 1, tma=True)),
+    ),
     ("any", "half", "forward"): (
         (64, Tile(64, 64, 4, 2)),
         (128, Tile(64, 32, 4, 2)),
@@ -163,7 +170,8 @@ class Question(NamedTuple):
         aligned: Every row starts at a multiple of 16 bytes. If not, loads are narrow, need many
             registers, and take the small tiles.
         beside: "bias" if tiles of a table or of a bias of pairs are read, "ends" if only those of a
-            table between its ends, "dropout" if weights are dropped, else "".
+            table between its ends, "dropout" if weights are dropped, "boolean" if a mask is
+            read as a matrix, else "".
     """
 
     arch: str

@@ -269,7 +269,7 @@ def test_every_head_size_has_a_tile_for_every_pass():
         ("sm90", "any"),
         (torch.bfloat16, torch.float32),
         (True, False),
-        ("", "bias", "ends", "dropout"),
+        ("", "bias", "ends", "dropout", "boolean"),
     ):
         for size in range(1, 513):
             asked = tuning.Question(arch, dtype, size, aligned, beside)

@@ -116,7 +116,7 @@ def dkdv_kernel(
     n = tile * C.BN
     score = (factor, cap, batch, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head,
              bias_row, table_rows, table_row, first, last, origin)  # fmt: skip
-    sources = scores.opened(score, pointers, OPENS, C.BN, C.BM)
+    sources = scores.opened(score, h, n, pointers, OPENS, C.BN, C.BM)
     drop = (seed, threshold, keep_scale)
     t0, t1, t2, t3 = QUERIES(mask, batch, g, n, n_queries, n_keys, C.BM, C.BN)
 
@@ -274,7 +274,7 @@ def dq_kernel(
     start = tile * C.BM
     score = (factor, cap, batch, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head,
              bias_row, table_rows, table_row, first, last, origin)  # fmt: skip
-    sources = scores.opened(score, pointers, OPENS, C.BM, C.BN)
+    sources = scores.opened(score, h, start, pointers, OPENS, C.BM, C.BN)
     drop = (seed, threshold, keep_scale)
     t0, t1, t2, t3 = KEYS(mask, batch, h, start, n_queries, n_keys, C.BM, C.BN, RUNS)
 

@@ -12,7 +12,7 @@ def of_head(score, head, base):
 
 
 @triton.jit
-def open(score, pointers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def open(score, head, start, pointers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The bias as it is, for loads by pointers."""
     return pointers[0]
 
@@ -35,6 +35,19 @@ def add_keys_once(s, i, j, m, n, head, score, source):
         "mov.f32 $0, $1;", "=f,f", [tl.load(at)], dtype=tl.float32, is_pure=False, pack=1
     )
     return s + tl.reshape(one, (j.shape[0], j.shape[1]))
+
+
+@triton.jit
+def open_rows(score, head, start, pointers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The biases of the keys that are a program's rows, where its heads share them: [ROWS, 1]."""
+    j = tl.minimum(start + tl.arange(0, ROWS), score[6] - 1)
+    return tl.load(of_head(score, head, pointers[0]) + j).to(tl.float32)[:, None]
+
+
+@triton.jit
+def add_rows(s, i, j, m, n, head, score, source):
+    """The bias of a key, for tiles [keys, queries] of one tile of keys."""
+    return s + source
 
 
 @triton.jit
@@ -66,7 +79,7 @@ def tile(m, n, head, score, source, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def open_tiles(score, pointers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def open_tiles(score, head, start, pointers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A bias of pairs, for tiles [queries, keys]."""
     return descriptor(score, pointers[0], score[5], ROWS, COLUMNS)
 
@@ -78,7 +91,7 @@ def add_tiles(s, i, j, m, n, head, score, source):
 
 
 @triton.jit
-def open_tiles_transposed(score, pointers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def open_tiles_transposed(score, head, start, pointers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A bias of pairs, for tiles [keys, queries]."""
     return descriptor(score, pointers[0], score[5], COLUMNS, ROWS)
 

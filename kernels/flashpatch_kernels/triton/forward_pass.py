@@ -86,7 +86,7 @@ def forward_kernel(
     start = tile * C.BM
     score = (factor, cap, batch, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head,
              bias_row, table_rows, table_row, first, last, origin)  # fmt: skip
-    sources = scores.opened(score, pointers, OPENS, C.BM, C.BN)
+    sources = scores.opened(score, h, start, pointers, OPENS, C.BM, C.BN)
     drop = (seed, threshold, keep_scale)
     t0, t1, t2, t3 = KEYS(mask, batch, h, start, n_queries, n_keys, C.BM, C.BN, RUNS)
 

@@ -226,6 +226,8 @@ class Setup:
             kind = "ends" if self.far else "bias"
         elif o.dropout > 0:
             kind = "dropout"
+        elif self.mask.is_boolean:
+            kind = "boolean"
         size = max(self.head_sizes)
         return tuning.Question(self.architecture, self.dtype, size, self.unit > 1, kind)
 

@@ -22,11 +22,17 @@ from flashpatch_kernels.triton.tiles import LOG2E
 
 
 @triton.jit
-def opened(score, pointers, OPENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The sources of all terms, for tiles [ROWS, COLUMNS]."""
+def opened(
+    score, head, start, pointers,
+    OPENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The sources of all terms, for a program's tiles [ROWS, COLUMNS].
+
+    `head` is its first head, `start` the first query or key of its rows.
+    """
     sources = ()
     for x in tl.static_range(len(OPENS)):
-        sources = sources + (OPENS[x](score, pointers[x], ROWS, COLUMNS),)
+        sources = sources + (OPENS[x](score, head, start, pointers[x], ROWS, COLUMNS),)
     return sources
 
 

@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def open(score, pointers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def open(score, head, start, pointers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The slopes."""
     return pointers[0]
 

@@ -149,7 +149,7 @@ def sums_kernel(
     b, h, m, n = PLACE(walk, pid, 0, mask, n_batch, n_heads, n_queries, n_keys, WHOLE, C)
     score = (factor, cap, b, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head,
              bias_row, table_rows, table_row, first, last, origin)  # fmt: skip
-    sources = scores.opened(score, pointers, OPENS, C.BM, C.BN)
+    sources = scores.opened(score, h, m, pointers, OPENS, C.BM, C.BN)
     level = None
     if FIXED is not None:
         level = tiles.zeros(C.BM, C.BN, 0)[0]

@@ -22,13 +22,13 @@ TILE = 128
 
 
 @triton.jit
-def open(score, pointers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def open(score, head, start, pointers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The copies, for loads by pointers."""
     return pointers[0]
 
 
 @triton.jit
-def open_tiles(score, pointers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def open_tiles(score, head, start, pointers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The copies as Hopper's copy engine reads them."""
     row = score[11] * 8
     return tl.make_tensor_descriptor(

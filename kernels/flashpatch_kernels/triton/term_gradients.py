@@ -100,10 +100,23 @@ def keys_finish(walk, pid, acc, out, n_queries, n_keys, C: tl.constexpr):
 
 
 @triton.jit
+def ordered(walk, pid):
+    """A program's diagonal of tiles: those near 0, which are the longest, come first."""
+    first_diagonal, n_diagonals, n_chunks = walk[0], walk[1], walk[2]
+    x = (pid // n_chunks) % n_diagonals
+    middle = tl.minimum(tl.maximum(0, first_diagonal), first_diagonal + n_diagonals - 1)
+    below = middle - first_diagonal
+    above = n_diagonals - 1 - below
+    both = tl.minimum(below, above)
+    near = tl.where(x % 2 == 0, x // 2, -(x // 2) - 1)
+    far = tl.where(above > below, x - both, both - x)
+    return middle + tl.where(x <= 2 * both, tl.where(below >= above, -near, near), far)
+
+
+@triton.jit
 def diagonal(walk, pid, mask, n_batch, n_queries, n_keys, WHOLE: tl.constexpr, C: tl.constexpr):
     """A program's diagonal, its first query tile, its query tiles, and those seen wholly."""
-    first_diagonal, n_diagonals, n_chunks = walk[0], walk[1], walk[2]
-    o = first_diagonal + (pid // n_chunks) % n_diagonals
+    o = ordered(walk, pid)
     ratio: tl.constexpr = C.BM // C.BN
     # Divisions of what is not negative, which round down.
     start = (tl.maximum(0, -o) + ratio - 1) // ratio
@@ -151,7 +164,10 @@ def table_finish(walk, pid, acc, out, n_queries, n_keys, C: tl.constexpr):
     c = w + tl.arange(0, C.BM)[:, None] - (C.BM - 1)
     along = tl.gather(acc, tl.minimum(tl.maximum(c, 0), C.BN - 1), 1)  # [BM, W]
     along = tl.where((c >= 0) & (c < C.BN), along, 0.0)
-    tl.store(out + tl.cast(pid, tl.int64) * W + tl.arange(0, W), tl.sum(along, 0))
+    first_diagonal, n_diagonals, n_chunks = walk[0], walk[1], walk[2]
+    head = pid // (n_chunks * n_diagonals)
+    at = (head * n_diagonals + ordered(walk, pid) - first_diagonal) * n_chunks + pid % n_chunks
+    tl.store(out + tl.cast(at, tl.int64) * W + tl.arange(0, W), tl.sum(along, 0))
 
 
 @kernel

@@ -96,7 +96,7 @@ def terms_of(call: launching.Setup, *, both: bool) -> Terms:
         straight.append(one)
         transposed.append(one)
     if options.bias is not None:
-        both_ways, tensor, bias_strides = _bias(options.bias, n_keys, tma=tma)
+        both_ways, tensor, bias_strides = _bias(options.bias, call.sizes, tma=tma)
         for orientation, (opens, add) in zip((straight, transposed), both_ways, strict=True):
             orientation.append((opens, add, add, tensor))
     origin = n_keys - n_queries if options.offset is None else options.offset
@@ -113,6 +113,8 @@ Functions = tuple[Any, Any]
 POINTERS = ((bias.open, bias.add_pairs), (bias.open, bias.add_pairs))
 KEYS = ((bias.open, bias.add_keys), (bias.open, bias.add_keys))
 KEYS_ONCE = ((bias.open, bias.add_keys_once), (bias.open, bias.add_keys_once))
+SHARED_KEYS = ((bias.open, bias.add_keys), (bias.open_rows, bias.add_rows))
+SHARED_KEYS_ONCE = ((bias.open, bias.add_keys_once), (bias.open_rows, bias.add_rows))
 TILES = (
     (bias.open_tiles, bias.add_tiles),
     (bias.open_tiles_transposed, bias.add_tiles_transposed),
@@ -120,13 +122,17 @@ TILES = (
 
 
 def _bias(
-    x: Tensor, n_keys: int, *, tma: bool
+    x: Tensor, sizes: tuple[int, ...], *, tma: bool
 ) -> tuple[tuple[Functions, Functions], Tensor, list[int]]:
     """`open` and `add` of a bias for both orientations, the bias, and its strides."""
+    _, _, group, _, n_keys = sizes
     x = x if x.stride(-1) == 1 or n_keys == 1 else x.contiguous()
     if x.shape[2] == 1 or x.stride(2) == 0:
         x = x[:, :, :1].float() if launching.NVIDIA else x
-        return KEYS_ONCE if launching.NVIDIA else KEYS, x, launching.strides(x)
+        strides = launching.strides(x)
+        if group == 1 or strides[1] == 0:
+            return SHARED_KEYS_ONCE if launching.NVIDIA else SHARED_KEYS, x, strides
+        return KEYS_ONCE if launching.NVIDIA else KEYS, x, strides
     if tma and _aligned(x):
         return TILES, x, [stride // 8 for stride in launching.strides(x)]
     return POINTERS, x, launching.strides(x)
