@@ -117,7 +117,7 @@ TABLE: dict[tuple[str, str, Pass], tuple[tuple[int, Tile], ...]] = {
     # Under a boolean mask, of which tiles that are seen in part read a tile.
     ("sm90", "half boolean", "forward"): (
         (64, Tile(128, 64, 8, 3, tma=True)),
-        (128, Tile(128, 32, 8, 3, tma=True)),
+        (128, Tile(64, 128, 8, 2, tma=True)),
         (256, Tile(64, 64, 8, 2, tma=True)),
         (512, Tile(32, 32, 8, 1, tma=True)),
     ),
