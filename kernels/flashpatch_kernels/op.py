@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.nn import Parameter
 
 from flashpatch_kernels import checks, masks, reference, sdpa, second_order
@@ -218,7 +219,7 @@ def _watched(q: Tensor) -> bool:
         type(q) not in (Tensor, Parameter)
         or q.device.type == "meta"
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _functorch.peek_interpreter_stack() is not None
     )
 
 
