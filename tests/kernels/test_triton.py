@@ -15,7 +15,7 @@ from typing import get_args
 import pytest
 import torch
 
-from flashpatch_kernels import reference, tuning
+from flashpatch_kernels import dropout, reference, tuning
 from flashpatch_kernels.masks import (
     Band,
     Boolean,
@@ -316,6 +316,41 @@ def test_a_score_function_without_arguments(engine, score_functions):
     found, found_lse = engine("forward", q, k, v, more)
     torch.testing.assert_close(found, out)
     torch.testing.assert_close(found_lse, lse + 1)
+
+
+def test_dropout_does_not_depend_on_the_tiles(engine):
+    """The mask, read off the output and off dv: v and dout are the identity, all weights equal."""
+    n, seed = 48, torch.tensor([2**61 + 11])
+    options = Options(dropout=0.4, seed=seed)
+    identity = torch.eye(n).expand(2, 2, n, n)
+    kept = dropout.keep(seed, 0.4, 2, 2, n, n)
+    seen = set()
+    for dtype, d in itertools.product((torch.float32, torch.float16), (16, 128, 256)):
+        asked = tuning.Question("any", dtype, max(d, n))
+        seen |= {tuning.tile(asked, name)[:2] for name in ("forward", "dv")}
+        q = torch.zeros(2, 2, n, d, dtype=dtype)
+        call = (q, q, identity.to(dtype))
+        out, lse = engine("forward", *call, options)
+        grads = engine("backward", call[2], None, *call, out, lse, options, frozenset({"v"}))
+        assert torch.equal(out > 0, kept)
+        assert torch.equal(grads["v"].mT > 0, kept)
+    assert len(seen) > 3
+
+
+def test_dropout_has_the_gradients_of_an_explicit_mask(engine):
+    q, k, v, dout, _, options = case("causal", heads=2, n=40, m=40, terms=["dropout"])
+    out, lse = engine("forward", q, k, v, options)
+    grads = engine("backward", dout, None, q, k, v, out, lse, options, frozenset({"q", "k", "v"}))
+
+    q, k, v = (x.double().requires_grad_() for x in (q, k, v))
+    scores = (q @ k.mT * options.scale).masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf)
+    kept = dropout.keep(options.seed, options.dropout, 2, 2, 40, 40)
+    weights = scores.softmax(-1) * kept / dropout.keep_probability(options.dropout)
+    explicit = weights @ v
+    torch.testing.assert_close(out, explicit.float())
+    expected = torch.autograd.grad(explicit, (q, k, v), dout.double())
+    for name, true in zip("qkv", expected, strict=True):
+        torch.testing.assert_close(grads[name], true.float())
 
 
 @pytest.mark.parametrize("sizes", [(1, 40), (40, 1), (33, 65), (65, 33)])
