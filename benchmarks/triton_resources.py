@@ -18,12 +18,13 @@ from unittest import mock
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flashpatch_kernels import tuning
 from flashpatch_kernels.masks import Band, Boolean, Intervals, Mask
-from flashpatch_kernels.options import Options
+from flashpatch_kernels.options import Options, Score
 from flashpatch_kernels.triton import backward, forward, launching
 from flashpatch_kernels.tuning import Tile
 
@@ -67,6 +68,29 @@ class Resources(NamedTuple):
     mma: int
 
 
+# Functions of scores as users write them.
+@triton.jit
+def add_tanh(s, i, j, batch, head, arguments):
+    """Adds a * tanh((j - i) / b)."""
+    a = tl.load(arguments[0] + head)
+    b = tl.load(arguments[1] + head)
+    return s + a * (2 * tl.sigmoid(2 * (j - i) / b) - 1)
+
+
+@triton.jit
+def cap_heads(s, i, j, batch, head, arguments):
+    """The soft cap of each head."""
+    most = tl.load(arguments[0] + head)
+    return most * (2 * tl.sigmoid(2 * s / most) - 1)
+
+
+@triton.jit
+def cap_heads_derivative(s, i, j, batch, head, arguments, ds):
+    """Its derivative."""
+    t = 2 * tl.sigmoid(2 * s / tl.load(arguments[0] + head)) - 1
+    return ds * (1 - t * t)
+
+
 def masks(n: int, device: str = "meta") -> dict[str, Mask]:
     """One mask for every variant of the kernels."""
     bounds = torch.empty(2, n, 2, dtype=torch.int32, device=device)
@@ -94,6 +118,8 @@ def terms(heads: int, n: int, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
         "bias": {"bias": tensor(1, heads, n, n)},
         "key bias": {"bias": tensor(2, heads, 1, n)},
         "sinks": {"sinks": tensor(heads)},
+        "score": {"score": Score(add_tanh, None, (tensor(heads), tensor(heads)))},
+        "score, derivative": {"score": Score(cap_heads, cap_heads_derivative, (tensor(heads),))},
         "dropout": {"dropout": 0.1, "seed": tensor(1, kind=torch.int64)},
     }
 

@@ -11,7 +11,7 @@ import pytest
 from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SCRIPTS = {"quickstart.py", "train_accelerate.py", "finetune_t5.py"}
+SCRIPTS = {"quickstart.py", "train_accelerate.py", "finetune_t5.py", "score_function.py"}
 NOTEBOOKS = {"notebook.ipynb"}
 
 
@@ -81,6 +81,15 @@ def test_t5_learns_and_shows_equal_gradients_in_less_memory(tmp_path):
         whole, encoder, nothing = map(float, peaks)
         assert whole < encoder < nothing
     assert losses(out)[-1] < losses(out)[0] - 1
+
+
+def test_a_score_function_equals_its_matrix_and_is_trained_through(tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    out, _ = run(EXAMPLES / "score_function.py", folder=tmp_path, TRITON_INTERPRET="1")
+    rows = re.findall(r"largest difference of (\w+) +(\S+)", out)
+    assert [name for name, _ in rows] == ["output", "dq", "dk", "dv"]
+    assert max(float(difference) for _, difference in rows) < 1e-5
+    assert losses(out)[-1] < 0.7 * losses(out)[0]
 
 
 def test_the_notebook_gives_the_outputs_it_was_saved_with(monkeypatch):

@@ -48,6 +48,12 @@ def test_python_blocks_run_and_print_what_is_shown():
     assert done.stdout == blocks("text")[0]
 
 
+def test_the_score_function_is_that_of_the_example():
+    """It needs a GPU; `test_examples.py` runs it without one."""
+    (code,) = blocks("py")
+    assert code in (ROOT / "examples" / "score_function.py").read_text("utf-8")
+
+
 def test_every_family_is_listed():
     told = {
         name for row in table("Families") for name in re.findall(r"\b[a-z][a-z0-9_]+\b", row[0])

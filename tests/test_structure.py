@@ -61,6 +61,8 @@ PUBLIC = {
         "Intervals",
         "Mask",
         "Options",
+        "Relative",
+        "Score",
         "attention",
         "attention_varlen",
     },

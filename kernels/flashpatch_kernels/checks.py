@@ -239,13 +239,11 @@ def to_score(score: Score | None, q: Tensor) -> Score | None:
         return None
     if not isinstance(score, Score):
         raise TypeError(f"score must be a Score, not {type(score).__name__}")
-    for name in ("function", "derivative"):
-        function = getattr(score, name)
-        if not hasattr(function, "cache_key") and not (name == "derivative" and function is None):
-            raise TypeError(f"{name} of score must be a triton.jit function, not {function!r}")
     for x in score.arguments:
         if not isinstance(x, Tensor):
             raise TypeError(f"arguments of score must be tensors, not {type(x).__name__}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("an argument of score gets no gradient: pass it detached")
         check_device("an argument of score", x, q)
     return score
 

@@ -6,7 +6,6 @@ schema can say, and the engine's name. They are what autograd, torch.compile and
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -246,7 +245,7 @@ def _flat(options: Options) -> tuple[Any, ...]:
         *_flat_relative(options.relative_queries),
         *_flat_relative(options.relative_keys),
         *_flat_relative(options.relative_values),
-        None if score is None else _name(score),
+        None if score is None else score.name,
         [] if score is None else list(score.arguments),
         options.dropout,
         options.seed,
@@ -269,7 +268,7 @@ def _record(
         mask = Boolean(allowed)
     elif bounds is not None:
         mask = Intervals(bounds, runs)
-    score = None if name is None else replace(_SCORES[name], arguments=tuple(tensors))
+    score = None if name is None else Score.named(name, tuple(tensors))
     records = [
         None if embeddings is None else Relative(embeddings, first, vectors)
         for vectors, embeddings, first in (relative[:3], relative[3:6], relative[6:])
@@ -281,18 +280,6 @@ def _flat_relative(relative: Relative | None) -> tuple[Tensor | None, Tensor | N
     if relative is None:
         return None, None, 0
     return relative.vectors, relative.embeddings, relative.first
-
-
-# The users' functions, of which a schema can say the names only.
-_SCORES: dict[str, Score] = {}
-
-
-def _name(score: Score) -> str:
-    """The name under which the operators find a function."""
-    functions = [f for f in (score.function, score.derivative) if f is not None]
-    name = " ".join(f"{f.__module__}.{f.__qualname__}.{id(f)}" for f in functions)
-    _SCORES.setdefault(name, replace(score, arguments=()))
-    return name
 
 
 _OPTIONS = (

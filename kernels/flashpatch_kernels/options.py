@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flashpatch_kernels.masks import Band, Mask
@@ -32,19 +33,57 @@ class Score:
     """A function of the user's own, in Triton, that makes scores of scores.
 
     Both functions are `triton.jit` functions of a tile and work element by element. i and j are
-    the places of its queries and keys, index tensors that broadcast to the tile; batch and head are
-    numbers; arguments is a tuple of pointers.
+    the places of its queries and keys, counted from 0: index tensors that broadcast to the tile;
+    batch and head are numbers; arguments is a tuple of pointers.
+
+    What torch.compile compiles may use a Score, not make one.
 
     Attributes:
-        function: (s, i, j, batch, head, arguments) -> the new scores.
+        function: (s, i, j, batch, head, arguments) -> the new scores, finite or -inf, which hides
+            a key.
         derivative: (s, i, j, batch, head, arguments, ds) -> the gradient of s from that of the new
             scores. None says that `function` only adds to s.
         arguments: Tensors; they get no gradient.
+        name: What operators call it by, whose schema can say no function.
+
+    Raises:
+        TypeError: `function` or `derivative` is not a `triton.jit` function of so many arguments.
+        RuntimeError: It is made inside of what torch.compile compiles.
     """
 
     function: Any
     derivative: Any = None
     arguments: tuple[Tensor, ...] = ()
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            raise RuntimeError("torch.compile cannot make a Score: make it outside and pass it in")
+        parts = {"function": (self.function, 6), "derivative": (self.derivative, 7)}
+        if self.derivative is None:
+            del parts["derivative"]
+        for part, (function, n_arguments) in parts.items():
+            # What Triton makes of a function has both, compiled or interpreted.
+            if not hasattr(function, "fn") or not hasattr(function, "arg_names"):
+                raise TypeError(
+                    f"{part} of a score must be a triton.jit function, not {function!r}"
+                )
+            if len(function.arg_names) != n_arguments:
+                taken = ", ".join(function.arg_names)
+                raise TypeError(f"{part} of a score takes {n_arguments} arguments, not ({taken})")
+        name = " ".join(f"{f.fn.__module__}.{f.fn.__qualname__}.{id(f)}" for f, _ in parts.values())
+        # Kept for good, so that no other function ever gets its address.
+        _FUNCTIONS[name] = (self.function, self.derivative)
+        object.__setattr__(self, "name", name)
+
+    @staticmethod
+    def named(name: str, arguments: tuple[Tensor, ...]) -> "Score":
+        """The score of that name with other arguments."""
+        return Score(*_FUNCTIONS[name], arguments)
+
+
+# Function and derivative of every score that was made, by its name.
+_FUNCTIONS: dict[str, tuple[Any, Any]] = {}
 
 
 @dataclass(frozen=True)

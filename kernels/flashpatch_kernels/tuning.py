@@ -121,6 +121,25 @@ TABLE: dict[tuple[str, str, Pass], tuple[tuple[int, Tile], ...]] = {
         (256, Tile(64, 64, 8, 2, tma=True)),
         (512, Tile(32, 32, 8, 1, tma=True)),
     ),
+    # Beside a user's function, which may want many registers. Chosen by compiling, not measured.
+    ("sm90", "half score", "forward"): (
+        (64, Tile(128, 64, 8, 3, tma=True)),
+        (128, Tile(64, 128, 8, 2, tma=True)),
+        (256, Tile(64, 64, 8, 2, tma=True)),
+        (512, Tile(32, 32, 8, 1, tma=True)),
+    ),
+    ("sm90", "half score", "dkdv"): ((128, Tile(32, 64, 4, 3, tma=True)),),
+    ("sm90", "half score", "dq"): (
+        (64, Tile(64, 64, 4, 3, tma=True)),
+        (128, Tile(128, 64, 8, 3, tma=True)),
+        (256, Tile(64, 32, 8, 2, tma=True)),
+        (512, Tile(32, 32, 8, 1, tma=True)),
+    ),
+    ("sm90", "half score", "sums"): (
+        (128, Tile(128, 64, 8, 2, tma=True)),
+        (256, Tile(64, 32, 8, 2, tma=True)),
+        (512, Tile(32, 32, 8, 1, tma=True)),
+    ),
     ("any", "half", "forward"): (
         (64, Tile(64, 64, 4, 2)),
         (128, Tile(64, 32, 4, 2)),
@@ -169,9 +188,9 @@ class Question(NamedTuple):
         size: Head size, the larger of D and Dv.
         aligned: Every row starts at a multiple of 16 bytes. If not, loads are narrow, need many
             registers, and take the small tiles.
-        beside: "bias" if tiles of a table or of a bias of pairs are read, "ends" if only those of a
-            table between its ends, "dropout" if weights are dropped, "boolean" if a mask is
-            read as a matrix, else "".
+        beside: "score" if a user's function takes part, "bias" if tiles of a table or of a bias of
+            pairs are read, "ends" if only those of a table between its ends, "dropout" if weights
+            are dropped, "boolean" if a mask is read as a matrix, else "".
     """
 
     arch: str

@@ -88,6 +88,7 @@ def test_a_reason_prints_as_its_sentence():
         (replace(CUDA, dtype=torch.float32, **CAUSAL), "sdpa"),
         (replace(CUDA, dtype=torch.float32, **INTERVALS), "triton"),
         (replace(CUDA, dtype=torch.float32, lse=True), "triton"),
+        (replace(CUDA, score=True, dtype=torch.float32), "triton"),
         (replace(CUDA, dtype=torch.float64), "tiled"),
         (replace(CUDA, **BOOLEAN), "triton"),
         (replace(CUDA, head_size=512, value_size=512), "triton"),
@@ -143,6 +144,8 @@ def test_the_interpreter_serves_only_who_asks_for_it(monkeypatch):
 def test_no_engine_at_all_is_an_error_with_the_reason():
     with pytest.raises(ValueError, match="multiple of the key heads"):
         choose(replace(CPU, heads=3, kv_heads=2))
+    with pytest.raises(ValueError, match="a Triton function on scores runs on the Triton engine"):
+        choose(replace(CPU, score=True))
 
 
 def test_a_call_is_described_by_its_metadata():

@@ -9,7 +9,7 @@ from flashpatch_kernels import attention
 from flashpatch_kernels.engines import SDPA, Call, choose, why_not
 from flashpatch_kernels.masks import Band, key_mask
 from flashpatch_kernels.op import run
-from flashpatch_kernels.options import Options
+from flashpatch_kernels.options import Options, Score
 
 pytestmark = pytest.mark.gpu
 
@@ -58,6 +58,50 @@ def test_tiled_is_as_exact_as_pytorch(sample, check, mask_name, terms, dtype):
 def test_triton_computes_every_term(sample, check, call, mask, size, dtype):
     one = sample(mask, kv_heads=2, dtype=dtype, n=300, m=333, d=size, **call)
     check(one.on("cuda"), lambda *call: run(*call, "triton"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("size", [16, 64, 128, 256])
+@pytest.mark.parametrize("call", [{"terms": ("softcap",)}, {"terms": TERMS, "dropout": 0.3}])
+@pytest.mark.parametrize("mask", ["full", "causal", "causal keys", "boolean per head"])
+def test_triton_runs_a_function_with_a_derivative(
+    sample, check, score_functions, call, mask, size, dtype
+):
+    def attend(q, k, v, options):
+        cap = torch.tensor([options.softcap], device=q.device)
+        score = Score(score_functions.cap, score_functions.cap_derivative, (cap,))
+        return run(q, k, v, replace(options, softcap=None, score=score), "triton")
+
+    one = sample(mask, kv_heads=2, dtype=dtype, n=300, m=333, d=size, **call)
+    check(one.on("cuda"), attend)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_function_that_adds_is_a_bias(score_functions, compiled):
+    q, k, v = (torch.randn(2, 4, n, 64, device="cuda", requires_grad=True) for n in (300, 333, 333))
+    bias = torch.randn(2, 4, 300, 333, device="cuda")
+    score = Score(
+        score_functions.add_dense, arguments=(bias, torch.tensor([4, 300, 333], device="cuda"))
+    )
+    assert choose(Call.of(q, k, v, Options(score=score))).name == "triton"
+
+    def loss(q, k, v, **added):
+        return attention(q, k, v, causal=True, **added).square().sum()
+
+    expected = torch.autograd.grad(loss(q, k, v, bias=bias, engine="tiled"), (q, k, v))
+    torch._dynamo.reset()
+    call = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+    found = torch.autograd.grad(call(q, k, v, score=score), (q, k, v))
+    for mine, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, true, atol=1e-4, rtol=1e-4)
+
+
+def test_functions_of_one_name_are_not_mixed_up(score_functions):
+    q, k, v = (torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    _, plain = attention(q, k, v, return_lse=True)
+    for function, added in ((score_functions.add_two, 2), (score_functions.add_three, 3)):
+        _, lse = attention(q, k, v, score=Score(function), return_lse=True)
+        torch.testing.assert_close(lse, plain + added, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])

@@ -287,7 +287,7 @@ QUERIES, KEYS, VALUES = (
     vectors()[name] for name in ("relative_queries", "relative_keys", "relative_values")
 )
 # What is known of a function of Triton without importing it.
-FUNCTION = SimpleNamespace(cache_key="")
+FUNCTION = SimpleNamespace(fn=tensors, arg_names=["s", "i", "j", "batch", "head", "arguments"])
 BAD = {
     "no tensor": (TypeError, "q must be a tensor, not list", {"q": [1.0]}),
     "rank": (ValueError, r"k must have 4 dimensions.*\(2, 2, 8\)", {"k": k[..., 0]}),
@@ -473,16 +473,6 @@ BAD = {
         {"relative_queries": replace(QUERIES, vectors=QUERIES.vectors.to("meta"))},
     ),
     "no Score": (TypeError, "score must be a Score, not function", {"score": tensors}),
-    "score's function": (
-        TypeError,
-        "function of score must be a triton.jit function, not 'tanh'",
-        {"score": Score("tanh")},
-    ),
-    "score's derivative": (
-        TypeError,
-        "derivative of score must be a triton.jit function, not 1",
-        {"score": Score(FUNCTION, derivative=1)},
-    ),
     "score's argument": (
         TypeError,
         "arguments of score must be tensors, not float",
@@ -492,6 +482,11 @@ BAD = {
         ValueError,
         "an argument of score is on meta, q on cpu",
         {"score": Score(FUNCTION, arguments=(q.to("meta"),))},
+    ),
+    "score's gradient": (
+        ValueError,
+        "an argument of score gets no gradient: pass it detached",
+        {"score": Score(FUNCTION, arguments=(torch.ones(H, requires_grad=True),))},
     ),
     "score elsewhere": (
         ValueError,

@@ -9,12 +9,13 @@ import pickle
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 
-from flashpatch_kernels import reference, tuning
+from flashpatch_kernels import dropout, reference, tuning
 from flashpatch_kernels.masks import (
     Band,
     Boolean,
@@ -23,24 +24,35 @@ from flashpatch_kernels.masks import (
     intersect,
     key_mask,
 )
-from flashpatch_kernels.options import Options
+from flashpatch_kernels.options import Options, Score
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 # Reads pairs (name of a function of the engine, arguments) and writes what the function returns.
 WORKER = """
 import pickle, sys, warnings
+import score_functions
 import torch
 from flashpatch_kernels import triton as engine
+class Unpickler(pickle.Unpickler):
+    def persistent_load(self, name):
+        return getattr(score_functions, name)
 warnings.simplefilter("ignore")  # NumPy's, of rows without a key: log2(0) and 1 / 0.
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)  # Memory that nobody wrote is NaN.
 answers, sys.stdout = sys.stdout.buffer, sys.stderr
 while True:
-    name, arguments = pickle.load(sys.stdin.buffer)
+    name, arguments = Unpickler(sys.stdin.buffer).load()
     pickle.dump(getattr(engine, name)(*arguments), answers)
     answers.flush()
 """
+
+
+class Pickler(pickle.Pickler):
+    """Says of a `triton.jit` function its name: each process has its own of that name."""
+
+    def persistent_id(self, obj):
+        return obj.fn.__name__ if hasattr(obj, "fn") else None
 
 
 @dataclass
@@ -50,7 +62,7 @@ class Interpreter:
     process: subprocess.Popen
 
     def __call__(self, name, *arguments):
-        pickle.dump((name, arguments), self.process.stdin)
+        Pickler(self.process.stdin).dump((name, arguments))
         self.process.stdin.flush()
         return pickle.load(self.process.stdout)
 
@@ -58,6 +70,7 @@ class Interpreter:
 @pytest.fixture(scope="module")
 def engine():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     command = [sys.executable, "-c", WORKER]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, env=environment, **pipes) as process:
@@ -195,13 +208,14 @@ def expected(q, k, v, dout, dlse, options):
     return out.detach(), lse.detach(), dict(zip(inputs, grads, strict=True))
 
 
-def check(engine, q, k, v, dout, dlse, options):
-    """Compares all that a call and its gradient give with the equations."""
+def check(engine, q, k, v, dout, dlse, options, same=None):
+    """Compares all that a call and its gradient give with the equations, of `same` options."""
     # The interpreter rounds towards zero, hence a whole unit in the last place and not a half.
     tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[q.dtype]
     out, lse = engine("forward", q, k, v, options)
-    true_out, true_lse, true_grads = expected(q, k, v, dout, dlse, options)
-    needs = frozenset(true_grads)
+    true_out, true_lse, true_grads = expected(q, k, v, dout, dlse, same or options)
+    needs = frozenset(("q", "k", "v", *options.terms))
+    true_grads = {name: grad for name, grad in true_grads.items() if name in needs}
     grads = engine("backward", dout, dlse, q, k, v, out, lse, options, needs)
     assert out.dtype == q.dtype
     assert out.transpose(1, 2).is_contiguous()
@@ -253,6 +267,92 @@ def test_terms_under_a_boolean_mask(engine, term):
     check(engine, *case("boolean", heads=2, terms=[term]))
 
 
+@pytest.mark.parametrize("mask", ["full", "causal", "padding, causal", "boolean"])
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_score_function_reads_where_it_is(engine, score_functions, mask, group):
+    *tensors, options = case(mask, heads=2, group=group, n=40, m=50, terms=["bias"])
+    arguments = (options.bias, torch.tensor([2, 40, 50]))
+    score = Score(score_functions.add_dense, arguments=arguments)
+    check(engine, *tensors, replace(options, bias=None, score=score), same=options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_score_function_with_a_derivative(engine, score_functions, dtype):
+    *tensors, options = case("causal", heads=2, n=40, m=50, dtype=dtype, terms=["softcap"])
+    functions = score_functions.cap, score_functions.cap_derivative
+    score = Score(*functions, (torch.tensor([options.softcap]),))
+    check(engine, *tensors, replace(options, softcap=None, score=score), same=options)
+
+
+def test_a_score_function_hides_keys(engine, score_functions):
+    *tensors, options = case("full", n=40, m=70)
+    hidden = Score(score_functions.hide_far, arguments=(torch.tensor([9]),))
+    same = replace(options, mask=Band(left=9, right=9))
+    check(engine, *tensors, replace(options, score=hidden), same=same)
+
+
+@pytest.mark.parametrize(
+    ("distances", "m"), [("table", 50), ("table of few distances", 100), ("slopes", 50)]
+)
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_a_score_function_comes_after_the_cap_and_before_all_else(
+    engine, score_functions, softcap, distances, m
+):
+    """Twice the cap of a score is twice the score under twice the cap."""
+    terms = [distances, "bias of one head", "sinks", "dropout"]
+    *tensors, options = case("full", heads=2, group=2, n=40, m=m, terms=terms)
+    options = replace(options, softcap=softcap)
+    same = replace(options, scale=2 * options.scale, softcap=softcap and 2 * softcap)
+    functions = score_functions.multiply, score_functions.multiply_derivative
+    score = Score(*functions, (torch.full((2,), 2.0),))
+    check(engine, *tensors, replace(options, score=score), same=same)
+
+
+def test_a_score_function_without_arguments(engine, score_functions):
+    """Adding the same to every score changes nothing but the lse."""
+    q, k, v, _, _, options = case("causal", n=33, m=33)
+    out, lse = engine("forward", q, k, v, options)
+    more = replace(options, score=Score(score_functions.add_one))
+    found, found_lse = engine("forward", q, k, v, more)
+    torch.testing.assert_close(found, out)
+    torch.testing.assert_close(found_lse, lse + 1)
+
+
+def test_dropout_does_not_depend_on_the_tiles(engine):
+    """The mask, read off the output and off dv: v and dout are the identity, all weights equal."""
+    n, seed = 48, torch.tensor([2**61 + 11])
+    options = Options(dropout=0.4, seed=seed)
+    identity = torch.eye(n).expand(2, 2, n, n)
+    kept = dropout.keep(seed, 0.4, 2, 2, n, n)
+    seen = set()
+    for dtype, d in itertools.product((torch.float32, torch.float16), (16, 128, 256)):
+        asked = tuning.Question("any", dtype, max(d, n))
+        seen |= {tuning.tile(asked, name)[:2] for name in ("forward", "dv")}
+        q = torch.zeros(2, 2, n, d, dtype=dtype)
+        call = (q, q, identity.to(dtype))
+        out, lse = engine("forward", *call, options)
+        grads = engine("backward", call[2], None, *call, out, lse, options, frozenset({"v"}))
+        assert torch.equal(out > 0, kept)
+        assert torch.equal(grads["v"].mT > 0, kept)
+    assert len(seen) > 3
+
+
+def test_dropout_has_the_gradients_of_an_explicit_mask(engine):
+    q, k, v, dout, _, options = case("causal", heads=2, n=40, m=40, terms=["dropout"])
+    out, lse = engine("forward", q, k, v, options)
+    grads = engine("backward", dout, None, q, k, v, out, lse, options, frozenset({"q", "k", "v"}))
+
+    q, k, v = (x.double().requires_grad_() for x in (q, k, v))
+    scores = (q @ k.mT * options.scale).masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf)
+    kept = dropout.keep(options.seed, options.dropout, 2, 2, 40, 40)
+    weights = scores.softmax(-1) * kept / dropout.keep_probability(options.dropout)
+    explicit = weights @ v
+    torch.testing.assert_close(out, explicit.float())
+    expected = torch.autograd.grad(explicit, (q, k, v), dout.double())
+    for name, true in zip("qkv", expected, strict=True):
+        torch.testing.assert_close(grads[name], true.float())
+
+
 @pytest.mark.parametrize("sizes", [(1, 40), (40, 1), (33, 65), (65, 33)])
 def test_lengths_that_divide_nothing(engine, sizes):
     check(engine, *case("causal", n=sizes[0], m=sizes[1]))
@@ -263,13 +363,13 @@ def test_head_sizes_are_covered_by_two_chunks(engine, d):
     check(engine, *case("causal", n=33, m=33, d=d, dv=d))
 
 
+BESIDE = ("", "bias", "ends", "dropout", "boolean", "score")
+
+
 def test_every_head_size_has_a_tile_for_every_pass():
     passes = get_args(tuning.Pass)
     for arch, dtype, aligned, beside in itertools.product(
-        ("sm90", "any"),
-        (torch.bfloat16, torch.float32),
-        (True, False),
-        ("", "bias", "ends", "dropout", "boolean"),
+        ("sm90", "any"), (torch.bfloat16, torch.float32), (True, False), BESIDE
     ):
         for size in range(1, 513):
             asked = tuning.Question(arch, dtype, size, aligned, beside)

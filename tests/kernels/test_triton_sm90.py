@@ -13,7 +13,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TESTS = Path(__file__).parent
+BENCHMARKS = TESTS.parents[1] / "benchmarks"
 
 # Shared memory that a program may have on Hopper.
 SHARED_BYTES = 227 * 1024
@@ -31,7 +32,13 @@ OTHERS = [
 ]
 TERMS = [
     {"size": size, "dtype": "bfloat16", "term": term}
-    for term, sizes in (("table", (64, 128)), ("key bias", (128,)), ("softcap", (256,)))
+    for term, sizes in (
+        ("table", (64, 128)),
+        ("key bias", (128,)),
+        ("softcap", (256,)),
+        ("score", (64,)),
+        ("score, derivative", (64,)),
+    )
     for size in sizes
 ]
 CALLS = [*HALF, *MASKED, *OTHERS, *TERMS]
@@ -65,14 +72,31 @@ for line in sys.stdin:
 """
 
 
+# Prints the code of the forward kernel with each of two functions.
+COMPILED = """
+import score_functions, torch, triton_resources
+from flashpatch_kernels import Score
+for function in (score_functions.add_two, score_functions.add_three):
+    triton_resources.terms = lambda *_: {"score": {"score": Score(function)}}
+    launch, = triton_resources.record(
+        "sm90", torch.float16, 16, term="score", passes=("forward",), aligned=False
+    )
+    print(triton_resources.compile_launch(launch).hash)
+"""
+
+
+def process(code, **options):
+    """A process in which Triton compiles, with what the tests and the benchmarks define."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), str(TESTS), *sys.path])
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, **options)
+
+
 @pytest.fixture(scope="module")
 def needs():
     """(call, kernel) -> what the kernel needs; compiled by two processes."""
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), *sys.path])
-    command = [sys.executable, "-W", "ignore", "-c", WORKER]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    workers = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
+    workers = [process(WORKER, stdin=subprocess.PIPE) for _ in range(2)]
     for at, worker in enumerate(workers):
         worker.stdin.writelines(json.dumps(call) + "\n" for call in CALLS[at::2])
         worker.stdin.flush()
@@ -95,6 +119,12 @@ def test_kernels_fit_registers_and_shared_memory(needs, call):
         accepted = LOCAL_BYTES.get((kernel, *kind), 0)
         assert resources["local_bytes"] <= accepted, (kernel, resources)
         assert resources["hot_spills"] == 0, (kernel, resources)
+
+
+def test_score_functions_of_one_name_are_compiled_apart():
+    """Triton's cache on disk goes by the names of functions that come in a tuple."""
+    answer, _ = process(COMPILED).communicate()
+    assert len(set(answer.splitlines())) == 2
 
 
 @pytest.mark.parametrize("call", [json.dumps(call) for call in (*HALF, *TERMS)])

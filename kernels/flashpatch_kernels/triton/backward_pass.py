@@ -57,7 +57,7 @@ def dkdv_step(
     h = first_head + head
     if not C.PLAIN:
         at = tl.minimum(j, n_keys - 1)
-        st, tanh = scores.scores(st, inside, at, m, n, h, level, score, sources, C, ADDS)
+        st, t = scores.scores(st, inside, at, m, n, h, level, score, sources, C, ADDS)
     pt = tl.math.exp2(st * to_log2 - lse[None, :])
     if MASKED:
         lo, hi = ROWS(mask, batch, i, n_queries, n_keys)
@@ -76,8 +76,8 @@ def dkdv_step(
         if C.DROPOUT:
             dpt = tl.where(kept, dpt * drop[2], 0.0)
         dst = pt * (dpt - delta[None, :])
-        if C.CAP:
-            dst = dst * (1 - tanh * tanh)
+        if not C.PLAIN:
+            dst = scores.product_gradient(dst, t, inside, at, h, score, sources, C, ADDS)
         dk = tiles.add_product(dk, dst, q, C)
     return dk, dv
 
@@ -208,7 +208,7 @@ def dq_step(
     j = (n + tl.arange(0, C.BN))[None, :]
     inside = tl.minimum(j, n_keys - 1) if MASKED else j
     if not C.PLAIN:
-        s, tanh = scores.scores(s, i, inside, start, n, head, level, score, sources, C, ADDS)
+        s, t = scores.scores(s, i, inside, start, n, head, level, score, sources, C, ADDS)
     p = tl.math.exp2(s * to_log2 - lse[:, None])
     if MASKED:
         seen = SEEN(lo[:, None], hi[:, None], i, j, mask, batch, head, n_queries, n_keys, RUNS)
@@ -235,8 +235,8 @@ def dq_step(
             above += tl.sum(
                 tl.where(inside - i >= tl.maximum(score[13], score[12] + 1), ds, 0.0), 1
             )
-    if C.CAP:
-        ds = ds * (1 - tanh * tanh)
+    if not C.PLAIN:
+        ds = scores.product_gradient(ds, t, i, inside, head, score, sources, C, ADDS)
     return tiles.add_product(dq, ds, k, C), (mean, sloped, product, below, above)
 
 

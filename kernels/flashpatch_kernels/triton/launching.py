@@ -34,7 +34,8 @@ class Constants(NamedTuple):
     elements that strides are given in; PRECISION as in `tiles.dot`; PLAIN says that a score is its
     product times a positive factor, CAP that it is capped, with an APPROXIMATE hyperbolic tangent
     or a good one; DROPOUT that weights are dropped; FAR that tiles on which a table is constant
-    are computed with those that are seen wholly.
+    are computed with those that are seen wholly; OWN how many of the terms, the last, are a user's
+    function and its derivative.
     """
 
     D: int
@@ -53,6 +54,7 @@ class Constants(NamedTuple):
     APPROXIMATE: bool
     DROPOUT: bool
     FAR: bool
+    OWN: int
 
 
 class MaskCode(NamedTuple):
@@ -220,7 +222,9 @@ class Setup:
         """What decides about tiles."""
         o = self.options
         kind = ""
-        if o.bias is not None and o.bias.shape[2] > 1:
+        if o.score is not None:
+            kind = "score"
+        elif o.bias is not None and o.bias.shape[2] > 1:
             kind = "bias"
         elif o.table is not None:
             kind = "ends" if self.far else "bias"
@@ -235,8 +239,14 @@ class Setup:
     def plain(self) -> bool:
         """Whether a score is its product times a positive factor."""
         o = self.options
-        added = (o.softcap, o.table, o.slopes, o.bias)
+        added = (o.softcap, o.score, o.table, o.slopes, o.bias)
         return o.scale > 0 and all(x is None for x in added)
+
+    @property
+    def own(self) -> int:
+        """How many of the terms are a user's function and its derivative."""
+        score = self.options.score
+        return 0 if score is None else 1 if score.derivative is None else 2
 
     @property
     def clamped(self) -> bool:
@@ -277,6 +287,7 @@ class Setup:
             *(tile.BM, tile.BN, self.unit, tile.tma and self.unit > 1),
             *(precision(self.dtype), self.plain, self.options.softcap is not None),
             *(self.dtype != torch.float32 and NVIDIA, bool(self.options.dropout), self.far),
+            self.own,
         )
         return tile, fixed
 

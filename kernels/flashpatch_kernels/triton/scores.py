@@ -8,6 +8,9 @@ A term is three functions (`slopes`, `table` and `bias` each have theirs, see `t
 They are given where the tile lies: i and j, the queries and keys as index tensors that broadcast to
 it, clamped to what exists so that no load needs a mask; m and n, its first query and key.
 
+A user's function, and its derivative if it has one, are the last of the terms, C.OWN of them; what
+they are given is told in `options.Score`. It comes between the cap and the other terms.
+
 What all terms may read is one record, `score` = (factor, cap, batch, n_batch, n_heads, n_queries,
 n_keys, bias_batch, bias_head, bias_row, table_rows, table_row, first, last, offset): the products'
 factor, which is scale / cap if there is a cap; strides of a bias; how many rows of how many entries
@@ -47,9 +50,12 @@ def scores(product, i, j, m, n, head, level, score, sources, C: tl.constexpr, AD
     if C.CAP:
         t = tanh(s, C)
         s = t * score[1]
+    if C.OWN > 0:
+        arguments = sources[len(ADDS) - C.OWN]
+        s = ADDS[len(ADDS) - C.OWN](s, i, j, score[2], head, arguments).to(tl.float32)
     if level is not None:
         s = s + level
-    for x in tl.static_range(len(ADDS)):
+    for x in tl.static_range(len(ADDS) - C.OWN):
         s = ADDS[x](s, i, j, m, n, head, score, sources[x])
     return s, t
 
@@ -58,6 +64,24 @@ def scores(product, i, j, m, n, head, level, score, sources, C: tl.constexpr, AD
 def nothing(s, i, j, m, n, head, score, source):
     """The `add` of a term that is taken into account elsewhere."""
     return s
+
+
+@triton.jit
+def product_gradient(ds, t, i, j, head, score, sources, C: tl.constexpr, ADDS: tl.constexpr):
+    """The gradient of products * scale from that of their scores; t as `scores` gave it."""
+    if C.OWN == 2:
+        s = t * score[1] if C.CAP else t
+        arguments = sources[len(ADDS) - 1]
+        ds = ADDS[len(ADDS) - 1](s, i, j, score[2], head, arguments, ds).to(tl.float32)
+    if C.CAP:
+        ds = ds * (1 - t * t)
+    return ds
+
+
+@triton.jit
+def open_arguments(score, head, start, pointers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """What a user's function reads."""
+    return pointers
 
 
 @triton.jit

@@ -242,10 +242,10 @@ def bias_gradient(shared: Shared, bias: Tensor) -> Tensor:
     functions, fixed = (keys_steps, keys_place, keys_finish), None
     if n_rows == n_queries > 1:
         n_programs *= triton.cdiv(n_queries, tile.BM)
-        # Of one tile of the bias, the last of the terms.
+        # Of one tile of the bias, the last of the terms but for a user's function.
         functions, fixed = (
             (pairs_steps, pairs_place, pairs_finish),
-            len(shared.added.straight.adds) - 1,
+            len(shared.added.straight.adds) - 1 - shared.call.own,
         )
     sum_ds(shared, out, Walk(*functions, fixed, (rows, heads, 0, 0), n_programs))
     return out

@@ -9,6 +9,15 @@ from torch import Tensor
 from flashpatch_kernels.triton import bias, launching, scores, slopes, table
 
 
+class Term(NamedTuple):
+    """One term: three device functions, see `scores`, and the tensors that `open` is given."""
+
+    open: Any
+    add: Any
+    far_add: Any
+    pointers: tuple[Tensor, ...]
+
+
 class Composed(NamedTuple):
     """What a kernel is composed of, and given, for tiles of one orientation, see `scores`.
 
@@ -16,7 +25,7 @@ class Composed(NamedTuple):
         opens: `open` of each term.
         adds: `add` of each.
         far_adds: `add` of each on tiles where a table is constant.
-        pointers: What each `open` is given. A table comes first.
+        pointers: What each `open` is given. A table comes first, a user's function last.
         code: Tells functions of one name apart, of which Triton's cache on disk knows the names.
     """
 
@@ -39,10 +48,10 @@ class Composed(NamedTuple):
         return self.opens, rest, (self.adds[fixed], fixed), self.code
 
     @staticmethod
-    def of(terms: list[tuple[Any, Any, Any, Tensor]]) -> "Composed":
-        """From each term's `open`, `add`, `add` on far tiles, and tensor."""
-        opens, adds, far_adds, tensors = zip(*terms, strict=True) if terms else ((),) * 4
-        return Composed(opens, adds, far_adds, tuple((x,) for x in tensors), _code(*opens, *adds))
+    def of(terms: list[Term]) -> "Composed":
+        """From the terms of tiles of one orientation."""
+        opens, adds, far_adds, pointers = zip(*terms, strict=True) if terms else ((),) * 4
+        return Composed(opens, adds, far_adds, pointers, _code(*opens, *adds))
 
 
 @lru_cache
@@ -72,8 +81,8 @@ def terms_of(call: launching.Setup, *, both: bool) -> Terms:
     """The terms of a call, for tiles of `both` orientations or only [queries, keys]."""
     options = call.options
     n_queries, n_keys = call.sizes[3:]
-    straight: list[tuple[Any, Any, Any, Tensor]] = []
-    transposed: list[tuple[Any, Any, Any, Tensor]] = []
+    straight: list[Term] = []
+    transposed: list[Term] = []
     bias_strides, table_numbers = [0, 0, 0], (0, 0, 0, 0)
     tma = call.tuned("forward")[1].TMA
     if options.table is not None:
@@ -90,15 +99,21 @@ def terms_of(call: launching.Setup, *, both: bool) -> Terms:
         for orientation, add, x in zip(
             (straight, transposed), adds, (copies[0], copies[-1]), strict=True
         ):
-            orientation.append((opens, add, scores.nothing if call.far else add, x))
+            orientation.append(Term(opens, add, scores.nothing if call.far else add, (x,)))
     if options.slopes is not None:
-        one = (slopes.open, slopes.add, slopes.add, options.slopes)
+        one = Term(slopes.open, slopes.add, slopes.add, (options.slopes,))
         straight.append(one)
         transposed.append(one)
     if options.bias is not None:
         both_ways, tensor, bias_strides = _bias(options.bias, call.sizes, tma=tma)
         for orientation, (opens, add) in zip((straight, transposed), both_ways, strict=True):
-            orientation.append((opens, add, add, tensor))
+            orientation.append(Term(opens, add, add, (tensor,)))
+    score = options.score
+    if score is not None:
+        functions = [f for f in (score.function, score.derivative) if f is not None]
+        own = [Term(scores.open_arguments, f, f, score.arguments) for f in functions]
+        straight += own
+        transposed += own
     origin = n_keys - n_queries if options.offset is None else options.offset
     return Terms(
         Composed.of(straight),
