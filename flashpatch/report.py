@@ -123,8 +123,8 @@ _TERMS: tuple[tuple[str, Callable[[nn.Module], bool]], ...] = (
     ("relative", lambda m: any(hasattr(m, name) for name in _RELATIVE)),
 )
 
-# What modules with vectors by distance have: Shaw and Transformer-XL.
-_RELATIVE = ("distance_embedding", "pos_bias_u")
+# What modules with vectors by distance have: DeBERTa, Shaw and Transformer-XL.
+_RELATIVE = ("pos_dropout", "distance_embedding", "pos_bias_u")
 
 
 def crosses(module: nn.Module) -> bool:

@@ -120,6 +120,19 @@ FAMILIES = {
     "clip": Family("CLIPModel", "both", {"projection_dim": 16}),
     "clip_text_model": encoder("CLIPTextModel"),
     "clip_vision_model": Family("CLIPVisionModel", "pixels"),
+    "deberta": encoder(
+        "DebertaForMaskedLM", relative_attention=True, pos_att_type="c2p|p2c", type_vocab_size=2
+    ),
+    "deberta_v2": encoder(
+        "DebertaV2ForMaskedLM",
+        relative_attention=True,
+        pos_att_type="p2c|c2p",
+        position_buckets=4,
+        max_relative_positions=7,
+        share_att_key=True,
+        norm_rel_ebd="layer_norm",
+        conv_kernel_size=3,
+    ),
     "distilbert": encoder("DistilBertForMaskedLM", dim=32, n_heads=4, n_layers=2, hidden_dim=48),
     "electra": encoder("ElectraForMaskedLM", embedding_size=16),
     "electra-cross": Family(
