@@ -369,7 +369,10 @@ def test_outputs_and_all_gradients_equal_those_of_eager_attention(
 
 
 @pytest.mark.parametrize("padding", [None, "left"])
-@pytest.mark.parametrize("name", ["bert", "bloom", "gpt_neo", "gpt_oss", "mistral", "t5"])
+@pytest.mark.parametrize(
+    "name",
+    ["bert", "bloom", "deberta_v2", "gpt_neo", "gpt_oss", "mistral", "t5", "wav2vec2_conformer"],
+)
 def test_sequences_of_several_tiles_give_the_same_gradients(name, padding, monkeypatch):
     model = build(name, max_position_embeddings=640)
     inputs = inputs_of(name, padding, length=600)
@@ -465,11 +468,16 @@ def test_training_with_dropout_follows_the_seed_and_gives_finite_gradients(name,
     assert all(g.isfinite().all() for g in gradients.values())
 
 
-@pytest.mark.parametrize("name", ["bert", "bloom", "gemma2", "gpt_neo", "gptj", "llama", "t5"])
+@pytest.mark.parametrize(
+    "name",
+    ["bert", "bloom", "deberta_v2", "gemma2", "gpt_neo", "gptj", "llama", "t5", "wav2vec2_bert"],
+)
 def test_in_bfloat16_the_error_is_at_most_twice_that_of_eager_attention(name, monkeypatch):
     model, inputs = build(name), inputs_of(name, "left")
     low = model.to(torch.bfloat16)
-    expected, expected_gradients = step(deepcopy(low).float(), inputs)
+    inputs = {n: x.bfloat16() if x.is_floating_point() else x for n, x in inputs.items()}
+    exact = {n: x.float() if x.is_floating_point() else x for n, x in inputs.items()}
+    expected, expected_gradients = step(deepcopy(low).float(), exact)
     eager, eager_gradients = step(low, inputs)
     eager_gradients = {n: g.clone() for n, g in eager_gradients.items()}
     flashpatch.apply(low, on_fallback=forbid)
