@@ -70,6 +70,11 @@ def forward(
     }
     if positions is None and module.position_embeddings_type in ("relative", "rotary"):
         return original()  # which says what is missing
+    if module.position_embeddings_type == "relative":
+        n = hidden_states.shape[1]
+        # others than a vector for each distance, the same for all texts
+        odd = positions is not None and positions.shape[:2] != (1, 2 * n - 1)
+        arguments["relative_position_embeddings"] = positions if odd else None
     blocked = why_blocked(module, settings, arguments)
     if blocked is not None:
         return fall_back(blocked, settings, original)

@@ -231,6 +231,18 @@ def test_what_is_skipped_or_refused_runs_the_original(case, patterns, monkeypatc
     assert reasons == [refused] * report.served
 
 
+def test_positions_that_differ_by_text_are_left_to_the_classs_own_forward():
+    module = build("wav2vec2_bert-xl").encoder.layers[0].self_attn
+    x, positions = torch.randn(2, 4, 24), torch.randn(2, 7, 24)
+    expected = module(x, relative_position_embeddings=positions)[0]
+    reasons = []
+    flashpatch.apply(module, on_fallback=reasons.append)
+    output = module(x, relative_position_embeddings=positions)[0]
+    torch.testing.assert_close(output, expected)
+    # the interface serves the matrix of scores that the class builds
+    assert {r.name for r in reasons} == (set() if asks_interface() else {"UNKNOWN_ARGUMENT"})
+
+
 @pytest.mark.parametrize("case", ["wav2vec2_conformer-xl", "wav2vec2_bert-rotary"])
 def test_missing_positions_are_an_error_of_the_originals(case):
     model = build(case)
