@@ -1,4 +1,4 @@
-"""Tells, from its source alone, whether a class computes attention itself."""
+"""Tells, from its source alone, how a class computes attention."""
 
 import inspect
 import re
@@ -26,3 +26,21 @@ def own_attention(cls: type) -> bool:
     if _INTERFACE.search(source):
         return True
     return bool(_SOFTMAX.search(source) and _PRODUCT.search(source)) and "Attention" in cls.__name__
+
+
+@cache
+def calls_interface(cls: type) -> bool:
+    """Whether the class or one above it names transformers' attention interface.
+
+    Where no source can be read, it is taken to.
+    """
+    for above in cls.__mro__:
+        if above.__module__.startswith(("torch.", "builtins")):
+            continue
+        try:
+            source = inspect.getsource(above)
+        except (OSError, TypeError):
+            return True
+        if _INTERFACE.search(source):
+            return True
+    return False

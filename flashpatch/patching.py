@@ -16,7 +16,7 @@ from torch import nn
 import flashpatch.patches  # noqa: F401  (fills the registry)
 from flashpatch.configs import ConfigCopy, config_of, copy_configs, implementation
 from flashpatch.dispatch import OnFallback, Settings, log_once
-from flashpatch.inspection import own_attention
+from flashpatch.inspection import calls_interface, own_attention
 from flashpatch.packing import unwatch, watch
 from flashpatch.patches.interface import KEY
 from flashpatch.registry import KEEP, Patch, find
@@ -65,7 +65,7 @@ class Found:
         name: As in `model.named_modules()`.
         module: The module.
         patch: That of its class.
-        active: False if `only` or `skip` leaves it alone.
+        active: False if `only` or `skip` leaves it alone, or if it does not attend itself.
         config: The config that says which attention it runs: its own, or that of the nearest module
             around it that holds one.
     """
@@ -119,8 +119,8 @@ def apply(
         raise ValueError(f'packing must be None or "position_ids", not {packing!r}')
     found = _find(model, _patterns("only", only), _patterns("skip", skip))
     blocked = _config_reasons(model, found)
-    kept = [f for f in found if id(f.config) not in blocked]
-    _copy_and_hold_configs(model, kept)
+    kept = _kept(found, blocked)
+    _copy_and_hold_configs(model, [f for f in kept if id(f.config) not in blocked])
     originals = _originals(model)
     for f in kept:
         _swap(f)
@@ -183,8 +183,10 @@ def matching(model: nn.Module, patterns: Patterns) -> tuple[str, ...] | None:
     given = _patterns("patterns", patterns)
     if given is None:
         return None
-    modules = [name for name, module in model.named_modules() if find(type(module)) is not None]
-    names = {written for name in modules for written in _names(name)}
+    modules = [(name, _patch_of(type(module))) for name, module in model.named_modules()]
+    names = {
+        written for name, patch in modules if patch and patch.attends for written in _names(name)
+    }
     return tuple(p for p in given if any(fnmatchcase(name, p) for name in names))
 
 
@@ -220,10 +222,21 @@ def _names(name: str) -> tuple[str, ...]:
     return name, bare
 
 
+def _patch_of(cls: type) -> Patch | None:
+    """The patch for this class, unless the class does not do yet what the patch relies on.
+
+    Attention classes have joined transformers' interface one by one.
+    """
+    patch = find(cls)
+    if patch is None or patch.swaps or calls_interface(cls):
+        return patch
+    return None
+
+
 def _find(
     model: nn.Module, only: tuple[str, ...] | None, skip: tuple[str, ...] | None
 ) -> list[Found]:
-    modules = [(n, m, p) for n, m in model.named_modules() if (p := find(type(m))) is not None]
+    modules = [(n, m, p) for n, m in model.named_modules() if (p := _patch_of(type(m))) is not None]
     unused = {*(only or ()), *(skip or ())}
 
     def matches(name: str, patterns: tuple[str, ...] | None) -> bool:
@@ -234,14 +247,17 @@ def _find(
     configs = _configs(model)
     found = []
     for name, module, patch in modules:
-        wanted = only is None or matches(name, only)
-        skipped = matches(name, skip)
-        found.append(Found(name, module, patch, wanted and not skipped, configs[name]))
+        active = patch.attends
+        if active:
+            wanted = only is None or matches(name, only)
+            active = not matches(name, skip) and wanted
+        found.append(Found(name, module, patch, active, configs[name]))
     if unused:
-        names = ", ".join(repr(n) for n, _, _ in modules[:3]) or "none"
+        attending = [repr(n) for n, _, p in modules if p.attends]
+        names = ", ".join(attending[:3]) or "none"
         raise ValueError(
             f"the pattern {min(unused)!r} matches no patched attention module; there are "
-            f"{len(modules)} of them: {names}{', ...' if len(modules) > 3 else ''}"
+            f"{len(attending)} of them: {names}{', ...' if len(attending) > 3 else ''}"
         )
     return found
 
@@ -256,17 +272,27 @@ def _configs(model: nn.Module) -> dict[str, Any | None]:
 
 
 def _config_reasons(model: nn.Module, found: Iterable[Found]) -> dict[int, Reason]:
-    """Configs that must not get the key, because an attention class without a patch reads them."""
+    """Configs that must not get the key, because an attention class without a patch reads them.
+
+    Where it holds none itself, it is given masks that were made by the config around it.
+    """
     keyed = {id(f.config) for f in found if f.patch.keyed and f.config is not None}
-    reasons = {}
-    for module in model.modules():
-        config = config_of(module)
-        if id(config) in keyed and find(type(module)) is None and own_attention(type(module)):
-            name = type(module).__name__
+    configs, reasons = _configs(model), {}
+    for name, module in model.named_modules():
+        cls = type(module)
+        # PyTorch's own attention is given no masks of a model's, but pools its tokens
+        config = config_of(module) if cls.__module__.startswith("torch.") else configs[name]
+        if id(config) in keyed and _patch_of(cls) is None and own_attention(cls):
             reasons[id(config)] = Reason(
-                "SHARED_MASKS", f"the model shares its masks with {name}, which has no patch"
+                "SHARED_MASKS",
+                f"the model shares its masks with {cls.__name__}, which has no patch",
             )
     return reasons
+
+
+def _kept(found: Iterable[Found], blocked: dict[int, Reason]) -> list[Found]:
+    """The modules that can be served, though the configs in `blocked` must not get the key."""
+    return [f for f in found if id(f.config) not in blocked or not f.patch.needs_key]
 
 
 def _copy_and_hold_configs(model: nn.Module, kept: Iterable[Found]) -> None:
@@ -350,14 +376,14 @@ def _report(
 ) -> Report:
     served = {id(f.module) for f in kept}
     rows = []
-    for f in found:
+    for f in (f for f in found if f.patch.attends):
         if id(f.module) not in served:
             outcome: Any = blocked[id(f.config)]
         else:
             outcome = describe(f.module, f.active)
         rows.append(Row(f.name, type(f.module).__name__, outcome))
     for name, module in model.named_modules():
-        if find(type(module)) is None and own_attention(type(module)):
+        if _patch_of(type(module)) is None and own_attention(type(module)):
             rows.append(Row(name, type(module).__name__, NO_PATCH))
     return Report.of(rows)
 
@@ -372,8 +398,7 @@ def report_of(model: nn.Module) -> Report:
         for f in _find(model, None, None)
     ]
     blocked = _config_reasons(model, found)
-    kept = [f for f in found if id(f.config) not in blocked]
-    return _report(model, found, kept, blocked)
+    return _report(model, found, _kept(found, blocked), blocked)
 
 
 def patched_modules(model: nn.Module) -> list[str]:

@@ -28,11 +28,17 @@ class Patch:
         swaps: Attribute -> function of the module that gives its new value, or `KEEP`. Use
             `functools.partial(function, module)` for methods, never a closure: a copied model would
             go on using the original's weights. Choose the narrowest attribute that sees q, k and v.
+        needs_key: Whether the swaps serve no module whose config cannot get the key, because an
+            attention class without a patch reads it too.
+        attends: False for a class that holds attention modules and builds what they are given: it
+            is changed with them, and is no attention module itself.
     """
 
     owner: str
     keyed: bool = True
     swaps: Mapping[str, Swap] = field(default_factory=dict)
+    needs_key: bool = True
+    attends: bool = True
 
 
 _PATCHES: dict[str, Patch] = {}

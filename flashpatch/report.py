@@ -120,7 +120,11 @@ _TERMS: tuple[tuple[str, Callable[[nn.Module], bool]], ...] = (
     ("softcap", lambda m: getattr(m, "attn_logit_softcapping", None) is not None),
     ("sinks", lambda m: "sinks" in dict(m.named_parameters(recurse=False))),
     ("table", lambda m: hasattr(m, "relative_attention_num_buckets") and not crosses(m)),
+    ("relative", lambda m: any(hasattr(m, name) for name in _RELATIVE)),
 )
+
+# What modules with vectors by distance have: DeBERTa, Shaw and Transformer-XL.
+_RELATIVE = ("pos_dropout", "distance_embedding", "pos_bias_u")
 
 
 def crosses(module: nn.Module) -> bool:

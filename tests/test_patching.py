@@ -4,6 +4,7 @@ import copy
 import pickle
 from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import flashpatch
-from flashpatch import patching
+from flashpatch import patching, registry
 from flashpatch.packing import LEAK, warn_of_leaks
+from flashpatch.registry import Patch
 from flashpatch_kernels.engines import Reason
 
 
@@ -242,6 +244,67 @@ def test_an_unknown_attention_class_is_reported_and_its_model_left_alone():
     assert report.served == 0
     assert {r.name for r in report.reasons} == {"SHARED_MASKS", "NO_PATCH"}
     assert model.config._attn_implementation == "sdpa"
+
+
+class OldAttention(nn.Module):
+    """Computes attention itself, and holds no config."""
+
+    def forward(self, hidden_states, **kwargs):
+        scores = torch.matmul(hidden_states, hidden_states.mT)
+        return torch.matmul(torch.softmax(scores, dim=-1), hidden_states), None
+
+
+def own_attention_in_layer_1(monkeypatch, **patch) -> LlamaForCausalLM:
+    """A llama with `OldAttention`, and with a patch for it if there are any arguments."""
+    if patch:
+        owner = f"{__name__}.OldAttention"
+        monkeypatch.setattr(
+            registry, "_PATCHES", {**registry._PATCHES, owner: Patch(owner, **patch)}
+        )
+    model = llama()
+    model.model.layers[1].self_attn = OldAttention()
+    return model
+
+
+def test_attention_without_a_config_is_given_the_masks_of_the_model_around_it(monkeypatch):
+    report = flashpatch.apply(own_attention_in_layer_1(monkeypatch))
+    assert report.served == 0
+    assert {r.name for r in report.reasons} == {"SHARED_MASKS", "NO_PATCH"}
+
+
+def test_the_key_alone_serves_no_class_that_does_not_ask_the_interface(monkeypatch):
+    report = flashpatch.apply(own_attention_in_layer_1(monkeypatch, keyed=True))
+    assert report.served == 0
+    assert {r.name for r in report.reasons} == {"SHARED_MASKS", "NO_PATCH"}
+
+
+def test_a_patch_that_needs_no_key_serves_where_the_config_cannot_get_it(monkeypatch):
+    class StrangeAttention(OldAttention):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)  # softmax( matmul( happens up there
+
+    swaps = {"forward": lambda module: partial(OldAttention.forward, module)}
+    model = own_attention_in_layer_1(monkeypatch, swaps=swaps, needs_key=False)
+    model.model.layers[2].self_attn = StrangeAttention()
+    report = flashpatch.apply(model)
+    assert report.served == 1
+    assert "forward" in vars(model.model.layers[1].self_attn)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_class_around_attention_is_changed_and_restored_and_not_reported(monkeypatch):
+    swaps = {"forward": lambda module: partial(OldAttention.forward, module)}
+    model = own_attention_in_layer_1(monkeypatch, keyed=False, swaps=swaps, attends=False)
+    around = model.model.layers[1].self_attn
+    report = flashpatch.apply(model, on_fallback=forbid)
+    assert "forward" in vars(around)
+    assert report.total == report.served == len(patching.patched_modules(model)) == 2
+    assert patching.report_of(model) == report
+    assert patching.matching(model, "*.1.self_attn") == ()
+    with pytest.raises(ValueError, match="there are 2 of them"):
+        flashpatch.apply(model, skip="*.1.self_attn")
+    flashpatch.revert(model)
+    assert "forward" not in vars(around)
 
 
 def test_the_report_names_pattern_class_engine_and_count():

@@ -65,6 +65,8 @@ CLASSES = (
     "qwen3.modeling_qwen3.Qwen3Attention",
     "roberta.modeling_roberta.RobertaCrossAttention",
     "roberta.modeling_roberta.RobertaSelfAttention",
+    "seamless_m4t.modeling_seamless_m4t.SeamlessM4TAttention",
+    "seamless_m4t_v2.modeling_seamless_m4t_v2.SeamlessM4Tv2Attention",
     "siglip.modeling_siglip.SiglipAttention",
     "vit.modeling_vit.ViTAttention",
     "whisper.modeling_whisper.WhisperAttention",

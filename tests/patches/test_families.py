@@ -92,6 +92,19 @@ def seq2seq(model: str, *, kind: str = "pairs", **config: Any) -> Family:
     return Family(model, kind, config, generates=True)
 
 
+def heard(model: str, **config: Any) -> Family:
+    sizes = {f"speech_encoder_{name}": 2 for name in ("layers", "attention_heads")}
+    sizes |= {"feature_projection_input_dim": 8, "num_adapter_layers": 1}
+    off = dict.fromkeys(("encoder_layerdrop", "decoder_layerdrop", "speech_encoder_layerdrop"), 0.0)
+    sizes |= {"speech_encoder_intermediate_size": 48, "max_source_positions": 8}
+    return Family(model, "heard", {**sizes, **off, "t2u_encoder_layers": 1, **config})
+
+
+def spoken(model: str, kind: str, **config: Any) -> Family:
+    quiet = {"layerdrop": 0.0, "mask_time_prob": 0.0, "mask_feature_prob": 0.0}
+    return Family(model, kind, {**quiet, "max_source_positions": 8, **config})
+
+
 T5 = {"d_model": 32, "d_kv": 12, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 10}
 T5 |= {"decoder_start_token_id": 1}
@@ -107,6 +120,19 @@ FAMILIES = {
     "clip": Family("CLIPModel", "both", {"projection_dim": 16}),
     "clip_text_model": encoder("CLIPTextModel"),
     "clip_vision_model": Family("CLIPVisionModel", "pixels"),
+    "deberta": encoder(
+        "DebertaForMaskedLM", relative_attention=True, pos_att_type="c2p|p2c", type_vocab_size=2
+    ),
+    "deberta_v2": encoder(
+        "DebertaV2ForMaskedLM",
+        relative_attention=True,
+        pos_att_type="p2c|c2p",
+        position_buckets=4,
+        max_relative_positions=7,
+        share_att_key=True,
+        norm_rel_ebd="layer_norm",
+        conv_kernel_size=3,
+    ),
     "distilbert": encoder("DistilBertForMaskedLM", dim=32, n_heads=4, n_layers=2, hidden_dim=48),
     "electra": encoder("ElectraForMaskedLM", embedding_size=16),
     "electra-cross": Family(
@@ -153,12 +179,31 @@ FAMILIES = {
     "roberta-cross": Family(
         "RobertaForCausalLM", "crossing", {"is_decoder": True, "add_cross_attention": True}
     ),
+    "seamless_m4t": heard("SeamlessM4TForSpeechToText"),
     "siglip": Family("SiglipModel", "both"),
     "siglip_text_model": encoder("SiglipTextModel"),
     "siglip_vision_model": Family("SiglipVisionModel", "pixels"),
     "t5": seq2seq("T5ForConditionalGeneration", **T5),
     "umt5": seq2seq("UMT5ForConditionalGeneration", **T5),
     "vit": Family("ViTModel", "pixels"),
+    "wav2vec2_bert": spoken(
+        "Wav2Vec2BertModel",
+        "features",
+        feature_projection_input_dim=8,
+        left_max_position_embeddings=3,
+        right_max_position_embeddings=2,
+    ),
+    "wav2vec2_conformer": spoken(
+        "Wav2Vec2ConformerModel",
+        "samples",
+        position_embeddings_type="relative",
+        conv_dim=(16,),
+        conv_kernel=(1,),
+        conv_stride=(1,),
+        num_feat_extract_layers=1,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    ),
     "whisper": seq2seq(
         "WhisperForConditionalGeneration",
         kind="speech",
@@ -170,13 +215,16 @@ FAMILIES = {
     ),
 }
 # Families that take a token mask.
-PADDED = [name for name, f in FAMILIES.items() if f.kind in ("tokens", "pairs", "crossing")]
+MASKED = ("tokens", "pairs", "crossing", "heard", "features", "samples")
+PADDED = [name for name, f in FAMILIES.items() if f.kind in MASKED]
 GENERATING = [name for name, f in FAMILIES.items() if f.generates]
 
 
 def small_config(name: str, **more: Any) -> Any:
     """The config of a family, with `SMALL` and `more` wherever they apply."""
     model_type, overrides = name.split("-")[0], FAMILIES[name].config
+    if model_type not in transformers.CONFIG_MAPPING:
+        model_type = model_type.replace("_", "-")
     default = transformers.AutoConfig.for_model(model_type)
 
     def known(config: Any) -> dict[str, Any]:
@@ -238,7 +286,13 @@ def inputs_of(name: str, padding: str | None = None, length: int = LENGTH) -> di
             inputs["encoder_attention_mask"] = mask.long()
     if kind == "speech":
         inputs["input_features"] = torch.randn(BATCH, 8, 30, generator=draw)
-    if kind in ("pairs", "speech"):
+    if kind in ("heard", "features"):
+        inputs["input_features"] = torch.randn(BATCH, length, 8, generator=draw)
+    if kind == "samples":
+        inputs["input_values"] = torch.randn(BATCH, length, generator=draw)
+    if kind in ("heard", "features", "samples") and mask is not None:
+        inputs["attention_mask"] = mask.long()
+    if kind in ("pairs", "speech", "heard"):
         inputs["decoder_input_ids"] = tokens.flip(1)[:, : (length + 1) // 2]
         if mask is not None:
             inputs["decoder_attention_mask"] = mask[:, : (length + 1) // 2].long()
@@ -315,7 +369,10 @@ def test_outputs_and_all_gradients_equal_those_of_eager_attention(
 
 
 @pytest.mark.parametrize("padding", [None, "left"])
-@pytest.mark.parametrize("name", ["bert", "bloom", "gpt_neo", "gpt_oss", "mistral", "t5"])
+@pytest.mark.parametrize(
+    "name",
+    ["bert", "bloom", "deberta_v2", "gpt_neo", "gpt_oss", "mistral", "t5", "wav2vec2_conformer"],
+)
 def test_sequences_of_several_tiles_give_the_same_gradients(name, padding, monkeypatch):
     model = build(name, max_position_embeddings=640)
     inputs = inputs_of(name, padding, length=600)
@@ -411,11 +468,16 @@ def test_training_with_dropout_follows_the_seed_and_gives_finite_gradients(name,
     assert all(g.isfinite().all() for g in gradients.values())
 
 
-@pytest.mark.parametrize("name", ["bert", "bloom", "gemma2", "gpt_neo", "gptj", "llama", "t5"])
+@pytest.mark.parametrize(
+    "name",
+    ["bert", "bloom", "deberta_v2", "gemma2", "gpt_neo", "gptj", "llama", "t5", "wav2vec2_bert"],
+)
 def test_in_bfloat16_the_error_is_at_most_twice_that_of_eager_attention(name, monkeypatch):
     model, inputs = build(name), inputs_of(name, "left")
     low = model.to(torch.bfloat16)
-    expected, expected_gradients = step(deepcopy(low).float(), inputs)
+    inputs = {n: x.bfloat16() if x.is_floating_point() else x for n, x in inputs.items()}
+    exact = {n: x.float() if x.is_floating_point() else x for n, x in inputs.items()}
+    expected, expected_gradients = step(deepcopy(low).float(), exact)
     eager, eager_gradients = step(low, inputs)
     eager_gradients = {n: g.clone() for n, g in eager_gradients.items()}
     flashpatch.apply(low, on_fallback=forbid)
