@@ -146,8 +146,6 @@ def dkdv_kernel(
         a, z = tile_masks.near_queries(first, last, n, t1, t2, C.BM, C.BN)
         whole -= z - a
     part = t3 - t0 - whole
-    # Few tiles: what memory they would take is worth more to the others.
-    NEAR_STAGES: tl.constexpr = 1 if C.FAR else None
     for t in tl.range(0, whole * group if GROUPED else whole):
         head = t // whole if GROUPED else 0
         x = t % whole if GROUPED else t
@@ -164,7 +162,7 @@ def dkdv_kernel(
             n_queries, n_keys, to_log2, level, score, sources, drop,
             ROWS, SEEN, PART, FAR_ADDS, C, False,
         )  # fmt: skip
-    for t in tl.range(0, part * group if GROUPED else part, num_stages=NEAR_STAGES):
+    for t in tl.range(0, part * group if GROUPED else part, num_stages=C.NEAR_STAGES):
         head = t // part if GROUPED else 0
         x = t % part if GROUPED else t
         if C.FAR:
@@ -317,8 +315,7 @@ def dq_kernel(
             SEEN, RUNS, FAR_ADDS, SLOPES, ENDS, C, False,
         )  # fmt: skip
     lo, hi = ROWS(mask, batch, i, n_queries, n_keys)
-    NEAR_STAGES: tl.constexpr = 1 if C.FAR else None
-    for t in tl.range(0, t3 - t0 - whole, num_stages=NEAR_STAGES):
+    for t in tl.range(0, t3 - t0 - whole, num_stages=C.NEAR_STAGES):
         if C.FAR:
             number = tile_masks.near_tile(t, t0, t1, a, z, t2)
         else:

@@ -126,9 +126,7 @@ def forward_kernel(
             n_queries, n_keys, to_log2, level, score, sources, drop, SEEN, RUNS, FAR_ADDS, C, False,
         )  # fmt: skip
     lo, hi = ROWS(mask, batch, i, n_queries, n_keys)
-    # Few tiles are near: what memory they would take is worth more to the others.
-    NEAR_STAGES: tl.constexpr = 1 if C.FAR else None
-    for t in tl.range(0, t3 - t0 - whole, num_stages=NEAR_STAGES):
+    for t in tl.range(0, t3 - t0 - whole, num_stages=C.NEAR_STAGES):
         if C.FAR:
             number = tile_masks.near_tile(t, t0, t1, a, b, t2)
         else:

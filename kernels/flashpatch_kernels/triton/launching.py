@@ -34,8 +34,9 @@ class Constants(NamedTuple):
     elements that strides are given in; PRECISION as in `tiles.dot`; PLAIN says that a score is its
     product times a positive factor, CAP that it is capped, with an APPROXIMATE hyperbolic tangent
     or a good one; DROPOUT that weights are dropped; FAR that tiles on which a table is constant
-    are computed with those that are seen wholly; OWN how many of the terms, the last, are a user's
-    function and its derivative.
+    are computed with those that are seen wholly, and the others, which are few, with NEAR_STAGES
+    tiles in flight, so that they take no more memory; OWN how many of the terms, the last, are a
+    user's function and its derivative.
     """
 
     D: int
@@ -54,6 +55,7 @@ class Constants(NamedTuple):
     APPROXIMATE: bool
     DROPOUT: bool
     FAR: bool
+    NEAR_STAGES: int | None
     OWN: int
 
 
@@ -287,6 +289,7 @@ class Setup:
             *(tile.BM, tile.BN, self.unit, tile.tma and self.unit > 1),
             *(precision(self.dtype), self.plain, self.options.softcap is not None),
             *(self.dtype != torch.float32 and NVIDIA, bool(self.options.dropout), self.far),
+            max(1, tile.stages - 1) if self.far else None,
             self.own,
         )
         return tile, fixed

@@ -23,7 +23,7 @@ from flashpatch_kernels.triton.stats import Shared
 from flashpatch_kernels.triton.sums import Walk, sum_ds
 
 # As many programs keep a card busy: long diagonals are cut where there are fewer.
-PROGRAMS = 1024
+PROGRAMS = 384
 
 
 @triton.jit
