@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from flashpatch_kernels import tuning
 from flashpatch_kernels.masks import Band, Boolean, Intervals, Mask
-from flashpatch_kernels.options import Options, Score
+from flashpatch_kernels.options import Options, Relative, Score
 from flashpatch_kernels.triton import backward, forward, launching
 from flashpatch_kernels.tuning import Tile
 
@@ -104,12 +104,18 @@ def masks(n: int, device: str = "meta") -> dict[str, Mask]:
     }
 
 
-def terms(heads: int, n: int, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """What a score may hold beside the product: options by name."""
+def terms(heads: int, n: int, dtype: torch.dtype, size: int, dv: int) -> dict[str, dict[str, Any]]:
+    """What a call may hold beside products and values: options by name."""
 
     def tensor(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
 
+    vectors = tensor(2, heads, n, size)
+    relative: dict[str, dict[str, Any]] = {
+        "relative queries": {"relative_queries": Relative(tensor(heads, 65, size), -32, vectors)},
+        "relative keys": {"relative_keys": Relative(tensor(heads, 65, size), -32, vectors)},
+        "relative values": {"relative_values": Relative(tensor(1, 65, dv), -32)},
+    }
     return {
         "softcap": {"softcap": 50.0},
         "table": {"table": tensor(heads, 2 * n - 1)},
@@ -121,6 +127,8 @@ def terms(heads: int, n: int, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
         "score": {"score": Score(add_tanh, None, (tensor(heads), tensor(heads)))},
         "score, derivative": {"score": Score(cap_heads, cap_heads_derivative, (tensor(heads),))},
         "dropout": {"dropout": 0.1, "seed": tensor(1, kind=torch.int64)},
+        **relative,
+        "relative": {name: x for term in relative.values() for name, x in term.items()},
     }
 
 
@@ -157,11 +165,11 @@ def record(
     group: int = 1,
     aligned: bool = True,
     term: str | None = None,
-    needs: tuple[str, ...] = ("q", "k", "v"),
+    needs: tuple[str, ...] | None = None,
     passes: tuple[str, ...] = ("forward", "backward"),
     tiles: dict[str, Tile] | None = None,
 ) -> list[Launch]:
-    """The launches of a forward and a backward of head size `size`."""
+    """The launches of a forward and a backward of head size `size`, of all gradients by default."""
     n, heads, dv = 1024, 2 * group, value_size or size
     extra = 0 if aligned else 1
 
@@ -170,14 +178,15 @@ def record(
         return whole[..., :d].transpose(1, 2)
 
     q, k, v = tensor(heads, size), tensor(2, size), tensor(2, dv)
-    more = {} if term is None else terms(heads, n, dtype)[term]
+    more = {} if term is None else terms(heads, n, dtype, size, dv)[term]
     options = Options(mask=masks(n)[mask], scale=size**-0.5, **more)
     with recording(arch, tiles) as launches:
         out, lse = forward(q, k, v, options)
         if "forward" not in passes:
             launches.clear()
         if "backward" in passes:
-            backward(tensor(heads, dv), None, q, k, v, out, lse, options, frozenset(needs))
+            names = ("q", "k", "v", *options.terms) if needs is None else needs
+            backward(tensor(heads, dv), None, q, k, v, out, lse, options, frozenset(names))
     return launches
 
 
@@ -280,7 +289,7 @@ def main() -> None:
     parser.add_argument("--arch", default="sm90")
     parser.add_argument("--unaligned", action="store_true")
     parser.add_argument("--group", type=int, default=1)
-    parser.add_argument("--term", choices=list(terms(1, 1, torch.float32)))
+    parser.add_argument("--term", choices=list(terms(1, 1, torch.float32, 1, 1)))
     arguments = parser.parse_args()
     print("triton", triton.__version__)
     for size in arguments.sizes:
@@ -292,12 +301,6 @@ def main() -> None:
             aligned=not arguments.unaligned,
             group=arguments.group,
             term=arguments.term,
-            needs=(
-                "q",
-                "k",
-                "v",
-                *({"table": ["table"], "bias": ["bias"]}.get(arguments.term, [])),
-            ),
         )
         for launch in launches:
             start = time.perf_counter()

@@ -171,6 +171,20 @@ TABLE: dict[tuple[str, str, Pass], tuple[tuple[int, Tile], ...]] = {
     ("any", "float", "dq"): ((64, Tile(16, 32, 4, 1)), (512, Tile(16, 16, 8, 1))),
     ("any", "half", "sums"): ((128, Tile(64, 64, 8, 1)), (512, Tile(32, 32, 4, 1))),
     ("any", "float", "sums"): ((128, Tile(32, 32, 4, 1)), (512, Tile(16, 16, 4, 1))),
+    # Beside vectors by distance, whose windows are as wide as two tiles: small tiles, of as many
+    # keys as queries. Chosen by compiling, not measured.
+    ("any", "half relative", "forward"): ((128, Tile(32, 32, 8, 1)), (512, Tile(16, 16, 8, 1))),
+    ("any", "half relative", "dkdv"): ((128, Tile(32, 32, 8, 1)),),
+    ("any", "half relative", "dk"): ((512, Tile(16, 16, 8, 1)),),
+    ("any", "half relative", "dv"): ((512, Tile(16, 16, 8, 1)),),
+    ("any", "half relative", "dq"): ((128, Tile(32, 32, 8, 1)), (512, Tile(16, 16, 8, 1))),
+    ("any", "half relative", "sums"): ((128, Tile(32, 32, 8, 1)), (512, Tile(16, 16, 8, 1))),
+    ("any", "float relative", "forward"): ((512, Tile(16, 16, 8, 1)),),
+    ("any", "float relative", "dkdv"): ((128, Tile(16, 16, 8, 1)),),
+    ("any", "float relative", "dk"): ((512, Tile(16, 16, 8, 1)),),
+    ("any", "float relative", "dv"): ((512, Tile(16, 16, 8, 1)),),
+    ("any", "float relative", "dq"): ((512, Tile(16, 16, 8, 1)),),
+    ("any", "float relative", "sums"): ((512, Tile(16, 16, 8, 1)),),
     ("any", "half", "stats"): ((64, Tile(64, 64, 4, 1)), (512, Tile(16, 64, 4, 1))),
     ("any", "float", "stats"): ((64, Tile(32, 64, 4, 1)), (512, Tile(16, 64, 4, 1))),
 }
@@ -194,9 +208,10 @@ class Question(NamedTuple):
         size: Head size, the larger of D and Dv.
         aligned: Every row starts at a multiple of 16 bytes. If not, loads are narrow, need many
             registers, and take the small tiles.
-        beside: "score" if a user's function takes part, "bias" if tiles of a table or of a bias of
-            pairs are read, "ends" if only those of a table between its ends, "dropout" if weights
-            are dropped, "boolean" if a mask is read as a matrix, else "".
+        beside: "relative" if there are vectors by distance, "score" if a user's function takes
+            part, "bias" if tiles of a table or of a bias of pairs are read, "ends" if only those of
+            a table between its ends, "dropout" if weights are dropped, "boolean" if a mask is read
+            as a matrix, else "".
     """
 
     arch: str
@@ -222,9 +237,7 @@ def has_tile(asked: Question, name: Pass) -> bool:
 def _rows(asked: Question, name: Pass) -> tuple[tuple[int, Tile], ...]:
     """The table's rows for one pass, from the most particular to the most general."""
     kind = "float" if asked.dtype == torch.float32 else "half"
-    keys: list[tuple[str, str, Pass]] = [("any", kind, name)]
-    if asked.aligned:
-        keys.insert(0, (asked.arch, kind, name))
-        if asked.beside:
-            keys.insert(0, (asked.arch, f"{kind} {asked.beside}", name))
+    kinds = (f"{kind} {asked.beside}", kind) if asked.beside else (kind,)
+    archs = (asked.arch, "any") if asked.aligned else ("any",)
+    keys: list[tuple[str, str, Pass]] = [(arch, k, name) for k in kinds for arch in archs]
     return next((TABLE[key] for key in keys if key in TABLE), ())

@@ -142,6 +142,7 @@ def _sample(
     entries: int = 12,
     first: int = -5,
     embedding_heads: int = 4,
+    embedding_size: int | None = None,
 ) -> Sample:
     """A random call: batch 2, 4 query heads, views of memory that a projection lays out.
 
@@ -149,6 +150,7 @@ def _sample(
         terms: "softcap", the names of `Options`, and "clamped table", which has `entries` distances
             from `first` on, as the vectors by distance have.
         embedding_heads: Heads of the vectors by distance, 4 or 1.
+        embedding_size: Elements of those of queries and keys; None is `d`.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -183,8 +185,9 @@ def _sample(
         more |= {"table": random(4, entries, dtype=term_dtype), "first": first}
     for name, length in (("relative_queries", n), ("relative_keys", m), ("relative_values", None)):
         if name in terms:
-            embeddings = random(embedding_heads, entries, dv if length is None else d) * 0.5
-            vectors = None if length is None else random(2, length, 4, d).transpose(1, 2)
+            e = dv if length is None else embedding_size or d
+            embeddings = random(embedding_heads, entries, e) * 0.5
+            vectors = None if length is None else random(2, length, 4, e).transpose(1, 2)
             more[name] = Relative(embeddings, first, vectors)
     sample = replace(tensors, options=replace(options, **more))
     for x in sample.inputs.values():

@@ -27,7 +27,6 @@ UNMET = {
     "TRITON_DTYPE": (TRITON, replace(CUDA, dtype=torch.float64)),
     "TRITON_BFLOAT16": (TRITON, replace(CUDA, capability=(7, 5))),
     "TRITON_HEAD_SIZE": (TRITON, replace(CUDA, head_size=513)),
-    "TRITON_RELATIVE": (TRITON, replace(CUDA, relative=True)),
     "TILED_SCORE": (TILED, replace(CPU, score=True)),
     "SDPA_LSE": (SDPA, replace(CPU, lse=True)),
     "SDPA_SOFTCAP": (SDPA, replace(CPU, softcap=True)),

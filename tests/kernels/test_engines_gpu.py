@@ -44,6 +44,10 @@ def test_tiled_is_as_exact_as_pytorch(sample, check, mask_name, terms, dtype):
         {"terms": ("table",)},
         {"terms": ("clamped table",)},
         {"terms": ("slopes",)},
+        {"terms": ("relative_queries",)},
+        {"terms": ("relative_keys",)},
+        {"terms": ("relative_values",)},
+        {"terms": BY_DISTANCE, "dropout": 0.3, "embedding_heads": 1},
         {"terms": ("sinks",)},
         {"dropout": 0.3},
         {"terms": TERMS, "dropout": 0.3},
@@ -111,9 +115,22 @@ def test_triton_computes_every_mask(sample, check, mask_name, kv_heads, dtype):
     check(one.on("cuda"), lambda *call: run(*call, "triton"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("size", [8, 40, 200])
+@pytest.mark.parametrize(("entries", "first"), [(1, 0), (65, -32), (700, -350)])
+def test_triton_takes_vectors_by_distance_of_any_number_and_size(
+    sample, check, entries, first, size, dtype
+):
+    sizes = {"n": 300, "m": 333, "d": 64, "dv": 96, "embedding_size": size}
+    embeddings = {"terms": BY_DISTANCE[2:], "entries": entries, "first": first}
+    one = sample("causal keys", kv_heads=2, dtype=dtype, **sizes, **embeddings)
+    check(one.on("cuda"), lambda *call: run(*call, "triton"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_the_terms_gradients_have_the_same_bits_every_time(sample, dtype):
-    one = sample("causal", terms=TERMS, dropout=0.3, dtype=dtype, n=777, m=777, d=64).on("cuda")
+@pytest.mark.parametrize("terms", [TERMS, BY_DISTANCE])
+def test_the_terms_gradients_have_the_same_bits_every_time(sample, terms, dtype):
+    one = sample("causal", terms=terms, dropout=0.3, dtype=dtype, n=777, m=777, d=64).on("cuda")
     first = one.answer(lambda *call: run(*call, "triton"))
     for _ in range(10):
         again = one.answer(lambda *call: run(*call, "triton"))

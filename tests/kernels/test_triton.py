@@ -24,7 +24,7 @@ from flashpatch_kernels.masks import (
     intersect,
     key_mask,
 )
-from flashpatch_kernels.options import Options, Score
+from flashpatch_kernels.options import Options, Relative, Score
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -138,7 +138,7 @@ MASKS = {
 def case(
     mask, *, heads=1, group=1, n=70, m=70, d=16, dv=16, dtype=torch.float32, scale=None, terms=()
 ):
-    """Inputs of a call: q, k, v, dout, dlse, options."""
+    """Inputs of a call: q, k, v, dout, dlse, options; terms by name, or as functions like TERMS."""
     generator = torch.Generator().manual_seed(0)
     q = views((2, heads, n, d), dtype, generator)
     k = views((2, heads // group, m, d), dtype, generator)
@@ -147,7 +147,7 @@ def case(
     dlse = torch.randn(2, heads, n, generator=generator)
     options = {"mask": MASKS[mask](n, m), "scale": d**-0.5 if scale is None else scale}
     for term in terms:
-        options |= TERMS[term](heads, n, m, generator)
+        options |= TERMS.get(term, term)(heads, n, m, generator)
     return q, k, v, dout, dlse, Options(**options)
 
 
@@ -159,6 +159,23 @@ def biased(shared=(), hidden=()):
         bias = torch.randn(sizes, generator=generator)
         bias[..., list(hidden)] = torch.finfo(torch.float32).min
         return {"bias": bias}
+
+    return make
+
+
+def relative(*names, size=24, dv=16, entries=11, first=-4, one=False):
+    """Vectors by distance, all kinds by default, with embeddings that `one` is of all heads."""
+    names = names or ("relative_queries", "relative_keys", "relative_values")
+
+    def make(heads, n, m, generator):
+        found = {}
+        for name in names:
+            rows = {"relative_queries": n, "relative_keys": m, "relative_values": None}[name]
+            shape = (1 if one else heads, entries, size if rows else dv)
+            embeddings = torch.randn(shape, generator=generator) * 0.3
+            vectors = torch.randn(2, rows, heads, size, generator=generator) if rows else None
+            found[name] = Relative(embeddings, first, rows and vectors.transpose(1, 2))
+        return found
 
     return make
 
@@ -191,16 +208,13 @@ TERMS = {
     "sinks": lambda heads, n, m, generator: {"sinks": torch.randn(heads, generator=generator)},
     "dropout": lambda heads, n, m, generator: {"dropout": 0.3, "seed": torch.tensor([2**61 + 11])},
 }
-LEARNT = ("table", "slopes", "bias", "sinks")
 
 
 def expected(q, k, v, dout, dlse, options):
     """Output, lse and gradients in float64."""
-    inputs = {"q": q, "k": k, "v": v} | {x: getattr(options, x) for x in LEARNT}
-    inputs = {
-        name: t.detach().double().requires_grad_() for name, t in inputs.items() if t is not None
-    }
-    options = replace(options, **{name: inputs[name] for name in LEARNT if name in inputs})
+    inputs = {"q": q, "k": k, "v": v, **options.terms}
+    inputs = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
+    options = options.with_terms({name: inputs[name] for name in options.terms})
     out, lse = reference.attention(inputs["q"], inputs["k"], inputs["v"], options)
     seen = lse.detach() > -torch.inf
     loss = (out * dout).sum() + (torch.where(seen, lse, 0) * dlse).sum()
@@ -247,6 +261,55 @@ def test_every_term_gives_the_equations_output_and_gradients(engine, term, mask)
 def test_all_terms_at_once(engine, dtype):
     terms = ["softcap", "table", "bias of one head", "sinks", "dropout"]
     check(engine, *case("window", heads=4, group=2, n=40, m=50, dtype=dtype, terms=terms))
+
+
+@pytest.mark.parametrize("one", [False, True])
+@pytest.mark.parametrize("name", ["relative_queries", "relative_keys", "relative_values"])
+def test_vectors_by_distance(engine, name, one):
+    check(engine, *case("full", heads=2, n=20, m=35, terms=[relative(name, one=one)]))
+
+
+@pytest.mark.parametrize(
+    "mask", ["window", "shifted", "padding, causal", "two packings", "boolean"]
+)
+def test_vectors_by_distance_under_masks(engine, mask):
+    check(engine, *case(mask, n=20, m=20, terms=[relative()]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_vectors_by_distance_beside_all_other_terms(engine, dtype):
+    terms = ["softcap", "table of few distances", "bias of one head", "slopes", "sinks", "dropout"]
+    terms.append(relative())
+    *tensors, options = case("causal", heads=2, group=2, n=18, m=20, dtype=dtype, terms=terms)
+    vectors = {name: x.to(dtype) for name, x in options.terms.items() if "_" in name}
+    check(engine, *tensors, options.with_terms(vectors))
+
+
+@pytest.mark.parametrize("sizes", [(1, 40), (40, 1), (33, 17), (17, 33)])
+def test_vectors_by_distance_of_lengths_that_divide_nothing(engine, sizes):
+    check(engine, *case("causal", n=sizes[0], m=sizes[1], terms=[relative()]))
+
+
+@pytest.mark.parametrize(("entries", "first"), [(1, 3), (9, 80), (9, -90), (90, -40), (20, -50)])
+def test_vectors_by_distance_beyond_either_end(engine, entries, first):
+    term = relative(entries=entries, first=first)
+    check(engine, *case("full", n=20, m=35, terms=[term]))
+
+
+@pytest.mark.parametrize("size", [1, 8, 64, 72, 200])
+def test_vectors_by_distance_of_any_size(engine, size):
+    check(engine, *case("causal", n=17, m=17, d=24, dv=40, terms=[relative(size=size, dv=40)]))
+
+
+def test_one_gradient_of_vectors_by_distance_alone(engine):
+    q, k, v, dout, dlse, options = case("full", n=9, m=9, terms=[relative()])
+    out, lse = engine("forward", q, k, v, options)
+    _, _, every = expected(q, k, v, dout, dlse, options)
+    for name in options.terms:
+        arguments = (dout, dlse, q, k, v, out, lse, options, frozenset({name}))
+        grads = engine("backward", *arguments)
+        assert set(grads) == {name}
+        assert (grads[name] - every[name]).norm() <= 2e-6 * every[name].norm()
 
 
 @pytest.mark.parametrize("group", [2, 4])
@@ -363,7 +426,7 @@ def test_head_sizes_are_covered_by_two_chunks(engine, d):
     check(engine, *case("causal", n=33, m=33, d=d, dv=d))
 
 
-BESIDE = ("", "bias", "ends", "dropout", "boolean", "score")
+BESIDE = ("", "bias", "ends", "dropout", "boolean", "score", "relative")
 
 
 def test_every_head_size_has_a_tile_for_every_pass():

@@ -41,7 +41,12 @@ TERMS = [
     )
     for size in sizes
 ]
-CALLS = [*HALF, *MASKED, *OTHERS, *TERMS]
+BY_DISTANCE = [
+    {"size": size, "dtype": dtype, "term": f"relative {kind}"}
+    for size, dtype in ((64, "bfloat16"), (128, "float16"), (64, "float32"))
+    for kind in ("queries", "keys", "values")
+]
+CALLS = [*HALF, *MASKED, *OTHERS, *TERMS, *BY_DISTANCE]
 
 # Local memory that is accepted, in bytes a thread, as the Triton of constraints.txt compiles them.
 # All of it lies outside the loop over whole tiles, and tiles without it are slower (LOG.md).
@@ -53,6 +58,7 @@ LOCAL_BYTES = {
     ("dq_kernel", 256, "bfloat16"): 16,
     ("dq_kernel", 256, "bfloat16", "softcap"): 72,
     ("dkdv_kernel", 256, "bfloat16", "softcap"): 248,
+    ("dkdv_kernel", 128, "float16", "relative values"): 16,
 }
 
 # Reads calls, one a line; writes what each of their kernels needs. A process of its own, because
@@ -65,8 +71,7 @@ for line in sys.stdin:
     call = json.loads(line)
     dtype = getattr(torch, call.pop("dtype"))
     torch.set_float32_matmul_precision(call.pop("precision", "highest"))
-    learnt = ("table",) if call.get("term") == "table" else ()
-    for launch in triton_resources.record("sm90", dtype, **call, needs=("q", "k", "v", *learnt)):
+    for launch in triton_resources.record("sm90", dtype, **call):
         found = triton_resources.resources(triton_resources.compile_launch(launch))
         print(json.dumps([line, launch.kernel.__name__, found._asdict()]), flush=True)
 """

@@ -24,6 +24,7 @@ from flashpatch_kernels.options import Options
 from flashpatch_kernels.triton import (
     dropout,
     launching,
+    relative,
     scores,
     slopes,
     table,
@@ -33,6 +34,7 @@ from flashpatch_kernels.triton import (
     tiles,
 )
 from flashpatch_kernels.triton.compiling import kernel
+from flashpatch_kernels.triton.relative_gradients import relative_gradients
 from flashpatch_kernels.triton.stats import Shared, compute_stats, load_stats
 from flashpatch_kernels.triton.term_gradients import term_gradients
 
@@ -65,6 +67,8 @@ def dkdv_step(
         i = i[None, :]
         seen = SEEN(lo[None, :], hi[None, :], i, j, mask, batch, h, n_queries, n_keys, False)
         pt = tl.where(seen, pt, 0.0)
+    if C.Z > 0 and PART != "dv":
+        dpt = relative.add_value_products(dpt, do, m, n, h, score, True, C)
     if C.DROPOUT:
         kept = dropout.kept(inside, j, batch * n_heads + h, drop)
     if PART != "dk":
@@ -92,6 +96,7 @@ def dkdv_kernel(
     tiles_of, tiles_batch, tiles_head,
     factor, cap, pointers,
     bias_batch, bias_head, bias_row, table_rows, table_row, first, last, origin,
+    vectors, w_head, w_first, w_entries, u_head, u_first, u_entries, z_head, z_first, z_entries,
     seed, threshold, keep_scale,
     ROWS: tl.constexpr, SEEN: tl.constexpr, QUERIES: tl.constexpr, AT: tl.constexpr,
     RUNS: tl.constexpr, GROUPED: tl.constexpr,
@@ -115,7 +120,9 @@ def dkdv_kernel(
     h = g * group
     n = tile * C.BN
     score = (factor, cap, batch, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head,
-             bias_row, table_rows, table_row, first, last, origin)  # fmt: skip
+             bias_row, table_rows, table_row, first, last, origin,
+             (vectors, w_head, w_first, w_entries, u_head, u_first, u_entries,
+              z_head, z_first, z_entries))  # fmt: skip
     sources = scores.opened(score, h, n, pointers, OPENS, C.BN, C.BM)
     drop = (seed, threshold, keep_scale)
     t0, t1, t2, t3 = QUERIES(mask, batch, g, n, n_queries, n_keys, C.BM, C.BN)
@@ -213,6 +220,8 @@ def dq_step(
         p = tl.where(seen, p, 0.0)
     v = tiles.load(values, 0, n, C.BN, C.DV, C.V0, C.V1, C.TMA, MASKED)
     dp = tiles.inner(do, v, C)  # [BM, BN]
+    if C.Z > 0:
+        dp = relative.add_value_products(dp, do, start, n, head, score, False, C)
     if C.DROPOUT:
         kept = dropout.kept(i, j, batch * n_heads + head, drop)
         dp = tl.where(kept, dp * drop[2], 0.0)
@@ -248,6 +257,7 @@ def dq_kernel(
     tiles_of, tiles_batch, tiles_head,
     factor, cap, pointers,
     bias_batch, bias_head, bias_row, table_rows, table_row, first, last, origin,
+    vectors, w_head, w_first, w_entries, u_head, u_first, u_entries, z_head, z_first, z_entries,
     seed, threshold, keep_scale,
     ROWS: tl.constexpr, SEEN: tl.constexpr, KEYS: tl.constexpr, AT: tl.constexpr,
     RUNS: tl.constexpr, SLOPES: tl.constexpr, ENDS: tl.constexpr,
@@ -271,7 +281,9 @@ def dq_kernel(
     h = tl.cast(bh % n_heads, tl.int64)
     start = tile * C.BM
     score = (factor, cap, batch, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head,
-             bias_row, table_rows, table_row, first, last, origin)  # fmt: skip
+             bias_row, table_rows, table_row, first, last, origin,
+             (vectors, w_head, w_first, w_entries, u_head, u_first, u_entries,
+              z_head, z_first, z_entries))  # fmt: skip
     sources = scores.opened(score, h, start, pointers, OPENS, C.BM, C.BN)
     drop = (seed, threshold, keep_scale)
     t0, t1, t2, t3 = KEYS(mask, batch, h, start, n_queries, n_keys, C.BM, C.BN, RUNS)
@@ -370,7 +382,7 @@ def backward(
         sums = None
         if "q" in needs or "slopes" in needs or ("table" in needs and call.clamped):
             sums = compute_dq(shared, dlse, written.get("q"), needs)
-        found = term_gradients(shared, sums, needs)
+        found = term_gradients(shared, sums, needs) | relative_gradients(shared, needs)
     for name, grad in grads.items():
         if written[name] is not grad:
             grad.copy_(written[name])

@@ -22,6 +22,7 @@ from flashpatch_kernels.options import Options
 from flashpatch_kernels.triton import (
     dropout,
     launching,
+    relative,
     scores,
     table,
     terms,
@@ -57,6 +58,8 @@ def forward_step(
         p = tl.where(dropout.kept(i, j, batch * n_heads + head, drop), p, 0.0)
     v = tiles.load(values, 0, n, C.BN, C.DV, C.V0, C.V1, C.TMA, MASKED)
     acc = tiles.add_product(tiles.scaled(acc, alpha[:, None]), p, v, C)
+    if C.Z > 0:
+        acc = relative.add_values(acc, p, start, n, head, score, C)
     return m, l, acc
 
 
@@ -69,6 +72,7 @@ def forward_kernel(
     tiles_of, tiles_batch, tiles_head,
     factor, cap, sinks, pointers,
     bias_batch, bias_head, bias_row, table_rows, table_row, first, last, origin,
+    vectors, w_head, w_first, w_entries, u_head, u_first, u_entries, z_head, z_first, z_entries,
     seed, threshold, keep_scale,
     ROWS: tl.constexpr, SEEN: tl.constexpr, KEYS: tl.constexpr, AT: tl.constexpr,
     RUNS: tl.constexpr, OPENS: tl.constexpr, ADDS: tl.constexpr, FAR_ADDS: tl.constexpr,
@@ -85,7 +89,9 @@ def forward_kernel(
     h = tl.cast(bh % n_heads, tl.int64)
     start = tile * C.BM
     score = (factor, cap, batch, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head,
-             bias_row, table_rows, table_row, first, last, origin)  # fmt: skip
+             bias_row, table_rows, table_row, first, last, origin,
+             (vectors, w_head, w_first, w_entries, u_head, u_first, u_entries,
+              z_head, z_first, z_entries))  # fmt: skip
     sources = scores.opened(score, h, start, pointers, OPENS, C.BM, C.BN)
     drop = (seed, threshold, keep_scale)
     t0, t1, t2, t3 = KEYS(mask, batch, h, start, n_queries, n_keys, C.BM, C.BN, RUNS)

@@ -36,7 +36,9 @@ class Constants(NamedTuple):
     or a good one; DROPOUT that weights are dropped; FAR that tiles on which a table is constant
     are computed with those that are seen wholly, and the others, which are few, with NEAR_STAGES
     tiles in flight, so that they take no more memory; OWN how many of the terms, the last, are a
-    user's function and its derivative.
+    user's function and its derivative; X, Y and Z are the sizes of the vectors by distance of
+    queries, keys and values, 0 without, of which EB elements are taken at a time; W is how many
+    distances a tile may have (see `relative`).
     """
 
     D: int
@@ -57,6 +59,11 @@ class Constants(NamedTuple):
     FAR: bool
     NEAR_STAGES: int | None
     OWN: int
+    X: int
+    Y: int
+    Z: int
+    W: int
+    EB: int
 
 
 class MaskCode(NamedTuple):
@@ -224,7 +231,9 @@ class Setup:
         """What decides about tiles."""
         o = self.options
         kind = ""
-        if o.score is not None:
+        if any(self.vector_sizes):
+            kind = "relative"
+        elif o.score is not None:
             kind = "score"
         elif o.bias is not None and o.bias.shape[2] > 1:
             kind = "bias"
@@ -242,13 +251,21 @@ class Setup:
         """Whether a score is its product times a positive factor."""
         o = self.options
         added = (o.softcap, o.score, o.table, o.slopes, o.bias)
-        return o.scale > 0 and all(x is None for x in added)
+        return o.scale > 0 and all(x is None for x in added) and not any(self.vector_sizes[:2])
 
     @property
     def own(self) -> int:
         """How many of the terms are a user's function and its derivative."""
         score = self.options.score
         return 0 if score is None else 1 if score.derivative is None else 2
+
+    @property
+    def vector_sizes(self) -> tuple[int, int, int]:
+        """The sizes of vectors by distance: of queries, of keys, of values; 0 without."""
+        o = self.options
+        every = (o.relative_queries, o.relative_keys, o.relative_values)
+        x, y, z = (0 if one is None else one.embeddings.shape[2] for one in every)
+        return x, y, z
 
     @property
     def clamped(self) -> bool:
@@ -290,7 +307,8 @@ class Setup:
             *(precision(self.dtype), self.plain, self.options.softcap is not None),
             *(self.dtype != torch.float32 and NVIDIA, bool(self.options.dropout), self.far),
             max(1, tile.stages - 1) if self.far else None,
-            self.own,
+            *(self.own, *self.vector_sizes),
+            *(2 * max(tile.BM, tile.BN), 64 if name == "sums" else 32),
         )
         return tile, fixed
 

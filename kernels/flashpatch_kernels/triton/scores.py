@@ -12,15 +12,17 @@ A user's function, and its derivative if it has one, are the last of the terms, 
 they are given is told in `options.Score`. It comes between the cap and the other terms.
 
 What all terms may read is one record, `score` = (factor, cap, batch, n_batch, n_heads, n_queries,
-n_keys, bias_batch, bias_head, bias_row, table_rows, table_row, first, last, offset): the products'
-factor, which is scale / cap if there is a cap; strides of a bias; how many rows of how many entries
-a table's copies have, and the distances at which it begins and ends; the place of query 0 among
-the keys.
+n_keys, bias_batch, bias_head, bias_row, table_rows, table_row, first, last, offset, distant): the
+products' factor, which is scale / cap if there is a cap; strides of a bias; how many rows of how
+many entries a table's copies have, and the distances at which it begins and ends; the place of
+query 0 among the keys; and what belongs to vectors by distance, which are products themselves and
+stand in `relative`.
 """
 
 import triton
 import triton.language as tl
 
+from flashpatch_kernels.triton import relative
 from flashpatch_kernels.triton.tiles import LOG2E
 
 
@@ -57,6 +59,8 @@ def scores(product, i, j, m, n, head, level, score, sources, C: tl.constexpr, AD
         s = s + level
     for x in tl.static_range(len(ADDS) - C.OWN):
         s = ADDS[x](s, i, j, m, n, head, score, sources[x])
+    if C.X > 0 or C.Y > 0:
+        s = relative.add_terms(s, m, n, head, score, i.shape[0] == 1, C)
     return s, t
 
 

@@ -14,9 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashpatch_kernels.triton import dropout, launching, scores, tiles
+from flashpatch_kernels.triton import dropout, launching, relative, scores, tiles
 from flashpatch_kernels.triton.compiling import kernel
 from flashpatch_kernels.triton.stats import Shared, load_stats
+
+
+@triton.jit
+def no_ds(C: tl.constexpr):
+    """A tile of zeros."""
+    return tiles.zeros(C.BM, C.BN, 0)[0]
+
+
+@triton.jit
+def add_ds(acc, ds, weights, do, m, n, head, score, C: tl.constexpr):
+    """The sum of ds itself."""
+    return acc + ds
 
 
 class Walk(NamedTuple):
@@ -30,6 +42,9 @@ class Walk(NamedTuple):
         fixed: Which of the terms add the same to all of a program's tiles.
         numbers: What the functions are given as `walk`.
         n_programs: In all.
+        start: (C) -> the sum of no tiles.
+        add: (acc, ds, weights, dO, m, n, head, score, C) -> the sum with the tile that begins at m
+            and n; its weights are what v was multiplied by.
     """
 
     steps: Any
@@ -38,6 +53,8 @@ class Walk(NamedTuple):
     fixed: int | None
     numbers: tuple[int, int, int, int]
     n_programs: int
+    start: Any = no_ds
+    add: Any = add_ds
 
 
 @triton.jit
@@ -94,7 +111,7 @@ def sums_step(
     acc, queries, keys, values, douts, stats, n_rows, batch, head, m, n, mask, n_heads, group,
     n_queries, n_keys, to_log2, level, score, sources, drop,
     ROWS: tl.constexpr, SEEN: tl.constexpr, RUNS: tl.constexpr, ADDS: tl.constexpr,
-    C: tl.constexpr, MASKED: tl.constexpr,
+    ADD: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds the ds of the queries m .. m + BM and keys n .. n + BN of a head."""
     q = load(queries, batch, head, m, C.BM, C.D, C.D0, C.D1, C)
@@ -104,9 +121,8 @@ def sums_step(
     inside_i = tl.minimum(i, n_queries - 1) if MASKED else i
     inside_j = tl.minimum(j, n_keys - 1) if MASKED else j
     s = tiles.inner(q, k, C)  # [BM, BN]
-    s, _ = scores.scores(
-        s, inside_i, inside_j, m, n, head, level, score, sources, C, ADDS
-    )  # fmt: skip
+    if not C.PLAIN:
+        s, _ = scores.scores(s, inside_i, inside_j, m, n, head, level, score, sources, C, ADDS)
     bh = tl.cast(batch * n_heads + head, tl.int64)
     lse, delta = load_stats(stats, n_rows, bh, m, n_queries, C.BM, MASKED)
     p = tl.math.exp2(s * to_log2 - lse[:, None])
@@ -117,10 +133,14 @@ def sums_step(
     do = load(douts, batch, head, m, C.BM, C.DV, C.V0, C.V1, C)
     v = load(values, batch, head // group, n, C.BN, C.DV, C.V0, C.V1, C)
     dp = tiles.inner(do, v, C)
+    if C.Z > 0:
+        dp = relative.add_value_products(dp, do, m, n, head, score, False, C)
+    weights = p
     if C.DROPOUT:
         kept = dropout.kept(inside_i, inside_j, batch * n_heads + head, drop)
         dp = tl.where(kept, dp * drop[2], 0.0)
-    return acc + p * (dp - delta[:, None])
+        weights = tl.where(kept, p * drop[2], 0.0)
+    return ADD(acc, p * (dp - delta[:, None]), weights, do, m, n, head, score, C)
 
 
 @kernel
@@ -133,11 +153,13 @@ def sums_kernel(
     tiles_of, tiles_batch, tiles_head,
     factor, cap, pointers,
     bias_batch, bias_head, bias_row, table_rows, table_row, first, last, origin,
+    vectors, w_head, w_first, w_entries, u_head, u_first, u_entries, z_head, z_first, z_entries,
     seed, threshold, keep_scale,
     walk0, walk1, walk2, walk3,
     ROWS: tl.constexpr, SEEN: tl.constexpr, WHOLE: tl.constexpr, RUNS: tl.constexpr,
     OPENS: tl.constexpr, ADDS: tl.constexpr, FIXED: tl.constexpr, CODE: tl.constexpr,
-    STEPS: tl.constexpr, PLACE: tl.constexpr, FINISH: tl.constexpr, C: tl.constexpr,
+    STEPS: tl.constexpr, PLACE: tl.constexpr, START: tl.constexpr, ADD: tl.constexpr,
+    FINISH: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """One sum of the ds of several tiles."""
     mask = (left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
@@ -148,7 +170,9 @@ def sums_kernel(
     whole, steps = STEPS(walk, pid, mask, n_batch, n_heads, n_queries, n_keys, WHOLE, C)
     b, h, m, n = PLACE(walk, pid, 0, mask, n_batch, n_heads, n_queries, n_keys, WHOLE, C)
     score = (factor, cap, b, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head,
-             bias_row, table_rows, table_row, first, last, origin)  # fmt: skip
+             bias_row, table_rows, table_row, first, last, origin,
+             (vectors, w_head, w_first, w_entries, u_head, u_first, u_entries,
+              z_head, z_first, z_entries))  # fmt: skip
     sources = scores.opened(score, h, m, pointers, OPENS, C.BM, C.BN)
     level = None
     if FIXED is not None:
@@ -168,24 +192,28 @@ def sums_kernel(
     douts = operand(
         DO, do_batch, do_head, do_row, n_batch, n_heads, n_queries, C.BM, C.DV, C.V0, C.V1, C
     )
-    acc = tiles.zeros(C.BM, C.BN, 0)[0]
+    acc = START(C)
     for t in tl.range(0, whole):
         b, h, m, n = PLACE(walk, pid, t, mask, n_batch, n_heads, n_queries, n_keys, WHOLE, C)
         score = (factor, cap, b, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head,
-                 bias_row, table_rows, table_row, first, last, origin)  # fmt: skip
+                 bias_row, table_rows, table_row, first, last, origin,
+                 (vectors, w_head, w_first, w_entries, u_head, u_first, u_entries,
+                  z_head, z_first, z_entries))  # fmt: skip
         acc = sums_step(
             acc, queries, keys, values, douts, STATS, n_rows, b, h, m, n, mask, n_heads, group,
             n_queries, n_keys, to_log2, level, score, sources, drop,
-            ROWS, SEEN, RUNS, ADDS, C, False,
+            ROWS, SEEN, RUNS, ADDS, ADD, C, False,
         )  # fmt: skip
     for t in tl.range(whole, steps):
         b, h, m, n = PLACE(walk, pid, t, mask, n_batch, n_heads, n_queries, n_keys, WHOLE, C)
         score = (factor, cap, b, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head,
-                 bias_row, table_rows, table_row, first, last, origin)  # fmt: skip
+                 bias_row, table_rows, table_row, first, last, origin,
+                 (vectors, w_head, w_first, w_entries, u_head, u_first, u_entries,
+                  z_head, z_first, z_entries))  # fmt: skip
         acc = sums_step(
             acc, queries, keys, values, douts, STATS, n_rows, b, h, m, n, mask, n_heads, group,
             n_queries, n_keys, to_log2, level, score, sources, drop,
-            ROWS, SEEN, RUNS, ADDS, C, True,
+            ROWS, SEEN, RUNS, ADDS, ADD, C, True,
         )  # fmt: skip
     FINISH(walk, pid, acc, OUT, n_queries, n_keys, C)
 
@@ -206,5 +234,5 @@ def sum_ds(shared: Shared, out: Tensor, walk: Walk) -> None:
         *walk.numbers,
         *(call.mask.rows, call.mask.seen, call.mask.whole, call.mask.has_runs),
         *added.straight.without(walk.fixed),
-        *(walk.steps, walk.place, walk.finish, fixed),
+        *(walk.steps, walk.place, walk.start, walk.add, walk.finish, fixed),
     )

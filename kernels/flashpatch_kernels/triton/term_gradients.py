@@ -157,6 +157,15 @@ def table_place(
 
 
 @triton.jit
+def table_sum(walk, pid):
+    """Where a program's sum stands among those of [heads, diagonals, chunks]."""
+    first_diagonal, n_diagonals, n_chunks = walk[0], walk[1], walk[2]
+    head = tl.cast(pid // (n_chunks * n_diagonals), tl.int64)
+    at = head * n_diagonals + ordered(walk, pid) - first_diagonal
+    return at * n_chunks + pid % n_chunks
+
+
+@triton.jit
 def table_finish(walk, pid, acc, out, n_queries, n_keys, C: tl.constexpr):
     """Stores the sums along diagonals [heads, diagonals, chunks, W]: of o BN - BM + 1 + w."""
     W: tl.constexpr = 2 * C.BM
@@ -164,10 +173,7 @@ def table_finish(walk, pid, acc, out, n_queries, n_keys, C: tl.constexpr):
     c = w + tl.arange(0, C.BM)[:, None] - (C.BM - 1)
     along = tl.gather(acc, tl.minimum(tl.maximum(c, 0), C.BN - 1), 1)  # [BM, W]
     along = tl.where((c >= 0) & (c < C.BN), along, 0.0)
-    first_diagonal, n_diagonals, n_chunks = walk[0], walk[1], walk[2]
-    head = pid // (n_chunks * n_diagonals)
-    at = (head * n_diagonals + ordered(walk, pid) - first_diagonal) * n_chunks + pid % n_chunks
-    tl.store(out + tl.cast(at, tl.int64) * W + tl.arange(0, W), tl.sum(along, 0))
+    tl.store(out + table_sum(walk, pid) * W + tl.arange(0, W), tl.sum(along, 0))
 
 
 @kernel

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from flashpatch_kernels.triton import bias, launching, scores, slopes, table
+from flashpatch_kernels.triton import bias, launching, relative, scores, slopes, table
 
 
 class Term(NamedTuple):
@@ -67,13 +67,13 @@ class Terms(NamedTuple):
         straight: For tiles [queries, keys].
         transposed: For tiles [keys, queries].
         numbers: bias_batch, bias_head, bias_row, table_rows, table_row, first, last, origin, as
-            kernels take them.
+            kernels take them, and after these the vectors by distance (see `relative`).
         far: Whether tiles are told apart on which a table is constant.
     """
 
     straight: Composed
     transposed: Composed
-    numbers: tuple[int, ...]
+    numbers: tuple[Any, ...]
     far: bool
 
 
@@ -118,7 +118,7 @@ def terms_of(call: launching.Setup, *, both: bool) -> Terms:
     return Terms(
         Composed.of(straight),
         Composed.of(transposed),
-        (*bias_strides, *table_numbers, origin),
+        (*bias_strides, *table_numbers, origin, *relative.arguments(options, call.dtype)),
         call.far,
     )
 
