@@ -229,9 +229,12 @@ def dq_step(
     mean, sloped, product, below, above = sums
     if SLOPES:
         away = slopes.away(i, inside, score)
-        mean += tl.sum(p * dp, 1)
-        sloped += tl.sum(p * away, 1)
-        product += tl.sum(p * dp * away, 1)
+        if q[0].dtype == tl.float32:
+            product += tl.sum(ds * away, 1)
+        else:
+            mean += tl.sum(p * dp, 1)
+            sloped += tl.sum(p * away, 1)
+            product += tl.sum(p * dp * away, 1)
     if ENDS:
         if level is not None:
             row = tl.sum(ds, 1)
@@ -268,8 +271,8 @@ def dq_kernel(
 
     What terms want to know of ds goes to SUMS [3, B, H, query tiles]: with SLOPES the sum of -ds
     times the distance; with ENDS the sums beyond the first and the last distance of a table. For
-    slopes delta is summed anew: that of the output is as exact as the output, and large distances
-    would make much of its error.
+    slopes delta is summed anew beside half precision: that of the output is as exact as the output,
+    and large distances would make much of its error.
     """
     mask = (left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
             tiles_of, tiles_batch, tiles_head)  # fmt: skip
