@@ -49,16 +49,26 @@ BY_DISTANCE = [
 CALLS = [*HALF, *MASKED, *OTHERS, *TERMS, *BY_DISTANCE]
 
 # Local memory that is accepted, in bytes a thread, as the Triton of constraints.txt compiles them.
-# All of it lies outside the loop over whole tiles, and tiles without it are slower (LOG.md).
+# Nearly all lies outside the loop over whole tiles, and tiles without it are slower (LOG.md).
 LOCAL_BYTES = {
     ("forward_kernel", 64, "float32"): 8,
     ("forward_kernel", 128, "bfloat16"): 136,
     ("dkdv_kernel", 96, "bfloat16"): 40,
-    ("dkdv_kernel", 256, "bfloat16"): 248,
+    ("forward_kernel", 64, "bfloat16", "unaligned"): 8,
+    ("forward_kernel", 128, "bfloat16", "table"): 200,
+    ("forward_kernel", 128, "bfloat16", "key bias"): 128,
+    ("dkdv_kernel", 256, "bfloat16"): 256,
     ("dq_kernel", 256, "bfloat16"): 16,
     ("dq_kernel", 256, "bfloat16", "softcap"): 72,
-    ("dkdv_kernel", 256, "bfloat16", "softcap"): 248,
+    ("dkdv_kernel", 256, "bfloat16", "softcap"): 272,
     ("dkdv_kernel", 128, "float16", "relative values"): 16,
+}
+
+# Of it, what is loaded or stored within that loop. On a card these tiles took 2.36 ms with a table and
+# 2.17 ms with a key bias, the best of those without 2.78 and 2.57.
+HOT_SPILLS = {
+    ("forward_kernel", 128, "bfloat16", "table"): 20,
+    ("forward_kernel", 128, "bfloat16", "key bias"): 4,
 }
 
 # Reads calls, one a line; writes what each of their kernels needs. A process of its own, because
@@ -118,12 +128,14 @@ def needs():
 def test_kernels_fit_registers_and_shared_memory(needs, call):
     kernels, facts = needs[call], json.loads(call)
     assert {"forward_kernel", "stats_kernel", "dkdv_kernel", "dq_kernel"} <= {k for k, _ in kernels}
-    kind = (facts["size"], facts["dtype"], *([facts["term"]] if "term" in facts else []))
+    kind = [facts["size"], facts["dtype"], *([facts["term"]] if "term" in facts else [])]
+    kind += [] if facts.get("aligned", True) else ["unaligned"]
     for kernel, resources in kernels:
         assert resources["shared_bytes"] <= SHARED_BYTES, kernel
         accepted = LOCAL_BYTES.get((kernel, *kind), 0)
         assert resources["local_bytes"] <= accepted, (kernel, resources)
-        assert resources["hot_spills"] == 0, (kernel, resources)
+        hot = HOT_SPILLS.get((kernel, *kind), 0)
+        assert resources["hot_spills"] <= hot, (kernel, resources)
 
 
 def test_score_functions_of_one_name_are_compiled_apart():
