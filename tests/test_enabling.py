@@ -19,12 +19,12 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    DebertaV2Config,
-    DebertaV2Model,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
+    MPNetConfig,
+    MPNetModel,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -333,15 +333,15 @@ def test_patterns_may_match_nothing_in_some_models():
 
 def test_a_model_with_unknown_attention_is_built_as_ever(told):
     flashpatch.enable(on_apply=told.append)
-    config = DebertaV2Config(
+    config = MPNetConfig(
         vocab_size=61,
         hidden_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=32,
     )
-    model = DebertaV2Model(config)
-    assert told == [("DebertaV2Model", 0)]
+    model = MPNetModel(config)
+    assert told == [("MPNetModel", 0)]
     assert enabling.reports()[0][1].reasons
     model(torch.randint(61, (1, 5)))
 

@@ -94,7 +94,8 @@ def seq2seq(model: str, *, kind: str = "pairs", **config: Any) -> Family:
 
 def heard(model: str, **config: Any) -> Family:
     sizes = {f"speech_encoder_{name}": 2 for name in ("layers", "attention_heads")}
-    sizes |= {"feature_projection_input_dim": 8, "num_adapter_layers": 1}
+    # transformers 5.15 does not ask the adapter for its attention weights
+    sizes |= {"feature_projection_input_dim": 8, "add_adapter": False}
     off = dict.fromkeys(("encoder_layerdrop", "decoder_layerdrop", "speech_encoder_layerdrop"), 0.0)
     sizes |= {"speech_encoder_intermediate_size": 48, "max_source_positions": 8}
     return Family(model, "heard", {**sizes, **off, "t2u_encoder_layers": 1, **config})
