@@ -70,7 +70,7 @@ def test_a_launched_script_trains_on_two_processes_as_without_flashpatch(tmp_pat
 
 
 def test_t5_learns_and_shows_equal_gradients_in_less_memory(tmp_path):
-    arguments = ["--steps", 20, "--batch", 4, "--document", 768]
+    arguments = ["--steps", 20, "--batch", 4, "--document", 1024]
     out, _ = run(EXAMPLES / "finetune_t5.py", *arguments, folder=tmp_path)
     assert "flashpatch serves 6 of 6 attention modules" in out
     rows = re.findall(r"(all|encoder|nothing) +(\S+) MB +(\S+)\n", out)
