@@ -102,12 +102,6 @@ TABLE: dict[tuple[str, str, Pass], tuple[tuple[int, Tile], ...]] = {
         (256, Tile(64, 64, 8, 2, tma=True)),
         (512, Tile(32, 32, 8, 1, tma=True)),
     ),
-    ("sm90", "half ends", "sums"): (
-        (64, Tile(64, 64, 4, 3, tma=True)),
-        (128, Tile(128, 64, 8, 2, tma=True)),
-        (256, Tile(64, 32, 8, 2, tma=True)),
-        (512, Tile(32, 32, 8, 1, tma=True)),
-    ),
     ("sm90", "half ends", "dq"): (
         (64, Tile(64, 64, 4, 3, tma=True)),
         (128, Tile(64, 64, 4, 2, tma=True)),

@@ -13,7 +13,9 @@ import flashpatch
 from flashpatch import dispatch
 from flashpatch.masks import expand
 from flashpatch.patches import deberta
-from flashpatch_kernels.engines import TILED, Reason
+from flashpatch_kernels.engines import Reason
+
+pytestmark = pytest.mark.usefixtures("everything_tiled")
 
 CONTENT_TO_POSITION = {"relative_attention": True, "pos_att_type": ["c2p"]}
 POSITION_TO_CONTENT = {"relative_attention": True, "pos_att_type": ["p2c"]}
@@ -97,25 +99,11 @@ def forbid(reason: Any) -> None:
     raise AssertionError(f"fell back: {reason}")
 
 
-def assert_same_step(ours: Any, theirs: Any) -> None:
-    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
-    assert ours[1].keys() == theirs[1].keys()
-    # some gradients are zero but for rounding, such as that of the bias of the keys
-    least = max(float(g.abs().max()) for g in theirs[1].values()) / 100
-    for name, gradient in theirs[1].items():
-        error = float((ours[1][name] - gradient).abs().max())
-        assert error <= 5e-5 * max(float(gradient.abs().max()), least), name
-
-
-@pytest.fixture(autouse=True)
-def tiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain calls too are computed by the engine that serves the others."""
-    monkeypatch.setattr(dispatch, "choose", lambda call: TILED)
-
-
 @pytest.mark.parametrize("padding", [None, "left", "right", "holes"])
 @pytest.mark.parametrize(("cls", "kind"), CASES)
-def test_outputs_and_all_gradients_equal_those_of_the_original(cls, kind, padding):
+def test_outputs_and_all_gradients_equal_those_of_the_original(
+    cls, kind, padding, assert_same_step
+):
     model, inputs = build(cls, kind), batch(padding)
     expected = step(model, inputs)
     report = flashpatch.apply(model, on_fallback=forbid)
@@ -125,7 +113,7 @@ def test_outputs_and_all_gradients_equal_those_of_the_original(cls, kind, paddin
 
 @pytest.mark.parametrize("length", [1, 2, 6, 150])
 @pytest.mark.parametrize(("cls", "kind"), [*LONGEST, (DebertaV2Model, "odd buckets")])
-def test_short_and_long_texts_give_the_same_gradients(cls, kind, length):
+def test_short_and_long_texts_give_the_same_gradients(cls, kind, length, assert_same_step):
     model, inputs = build(cls, kind, max_position_embeddings=160), batch(None, length)
     expected = step(model, inputs)
     flashpatch.apply(model, on_fallback=forbid)
@@ -149,7 +137,7 @@ def test_all_distances_beyond_the_reach_have_the_embedding_of_the_last(farthest)
 
 
 @pytest.mark.parametrize(("cls", "kind"), LONGEST)
-def test_a_mask_of_all_pairs_is_used_as_it_is(cls, kind):
+def test_a_mask_of_all_pairs_is_used_as_it_is(cls, kind, assert_same_step):
     model, inputs = build(cls, kind), batch()
     pairs = inputs["attention_mask"][:, None] * inputs["attention_mask"][:, :, None]
     inputs["attention_mask"] = pairs * torch.ones_like(pairs[0]).tril()
@@ -261,7 +249,7 @@ def test_attention_alone_can_be_served_without_its_encoder(cls, kind):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize(("cls", "kind"), LONGEST)
-def test_gradient_checkpointing_gives_the_same_gradients(cls, kind, reentrant):
+def test_gradient_checkpointing_gives_the_same_gradients(cls, kind, reentrant, assert_same_step):
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model, inputs = build(cls, kind, **off).train(), batch()
     expected = step(model, inputs)
@@ -271,7 +259,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(cls, kind, reentrant):
 
 
 @pytest.mark.parametrize(("cls", "kind"), LONGEST)
-def test_compiles_without_a_graph_break(cls, kind):
+def test_compiles_without_a_graph_break(cls, kind, assert_same_step):
     model, inputs = build(cls, kind), batch()
     expected = step(model, inputs)
     flashpatch.apply(model, on_fallback=forbid)
@@ -281,7 +269,7 @@ def test_compiles_without_a_graph_break(cls, kind):
 
 @pytest.mark.parametrize("copied", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize(("cls", "kind"), LONGEST)
-def test_a_copy_of_a_patched_model_uses_its_own_weights(cls, kind, copied):
+def test_a_copy_of_a_patched_model_uses_its_own_weights(cls, kind, copied, assert_same_step):
     model, inputs = build(cls, kind), batch()
     flashpatch.apply(model, on_fallback=forbid)
     other = copied(model)

@@ -25,7 +25,9 @@ from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import Seamles
 import flashpatch
 from flashpatch import dispatch
 from flashpatch.inspection import calls_interface
-from flashpatch_kernels.engines import TILED, Reason
+from flashpatch_kernels.engines import Reason
+
+pytestmark = pytest.mark.usefixtures("everything_tiled")
 
 SPEECH = {
     "hidden_size": 24,
@@ -143,25 +145,9 @@ def forbid(reason: Any) -> None:
     raise AssertionError(f"fell back: {reason}")
 
 
-def assert_same_step(ours: Any, theirs: Any) -> None:
-    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
-    assert ours[1].keys() == theirs[1].keys()
-    # some gradients are zero but for rounding, such as that of the bias of the keys
-    least = max(float(g.abs().max()) for g in theirs[1].values()) / 100
-    for name, gradient in theirs[1].items():
-        error = float((ours[1][name] - gradient).abs().max())
-        assert error <= 5e-5 * max(float(gradient.abs().max()), least), name
-
-
-@pytest.fixture(autouse=True)
-def tiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain calls too are computed by the engine that serves the others."""
-    monkeypatch.setattr(dispatch, "choose", lambda call: TILED)
-
-
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_and_all_gradients_equal_those_of_the_original(case, padding):
+def test_outputs_and_all_gradients_equal_those_of_the_original(case, padding, assert_same_step):
     model, inputs = build(case), batch(case, padding)
     expected = step(model, inputs)
     report = flashpatch.apply(model, on_fallback=forbid)
@@ -171,7 +157,7 @@ def test_outputs_and_all_gradients_equal_those_of_the_original(case, padding):
 
 @pytest.mark.parametrize("length", [1, 2, 5, 150])
 @pytest.mark.parametrize("case", SOME)
-def test_short_and_long_inputs_give_the_same_gradients(case, length):
+def test_short_and_long_inputs_give_the_same_gradients(case, length, assert_same_step):
     model, inputs = build(case), batch(case, False, length)
     expected = step(model, inputs)
     flashpatch.apply(model, on_fallback=forbid)
@@ -266,7 +252,7 @@ def test_revert_restores_every_attribute_by_identity(case):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("case", SOME)
-def test_gradient_checkpointing_gives_the_same_gradients(case, reentrant):
+def test_gradient_checkpointing_gives_the_same_gradients(case, reentrant, assert_same_step):
     model, inputs = build(case), batch(case)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -296,7 +282,7 @@ def test_attention_compiles_without_a_graph_break(case):
 
 @pytest.mark.parametrize("copied", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("case", ["wav2vec2_bert-xl", *SOME[1:]])
-def test_a_copy_of_a_patched_model_uses_its_own_weights(case, copied):
+def test_a_copy_of_a_patched_model_uses_its_own_weights(case, copied, assert_same_step):
     model, inputs = build(case), batch(case)
     flashpatch.apply(model, on_fallback=forbid)
     other = copied(model)

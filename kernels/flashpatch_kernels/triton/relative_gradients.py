@@ -21,7 +21,7 @@ from flashpatch_kernels.triton import relative, tiles
 from flashpatch_kernels.triton.stats import Shared
 from flashpatch_kernels.triton.sums import Walk, sum_ds
 from flashpatch_kernels.triton.term_gradients import (
-    PROGRAMS,
+    diagonals,
     table_place,
     table_steps,
     table_sum,
@@ -241,17 +241,12 @@ def vectors_gradient(shared: Shared, name: str, owner: Relative) -> Tensor:
 
 def embeddings_gradient(shared: Shared, name: str, owner: Relative) -> Tensor:
     """The gradient of embeddings, [H|1, T, E]."""
-    n_batch, n_heads, _, n_queries, n_keys = shared.call.sizes
+    _, n_heads, _, n_queries, n_keys = shared.call.sizes
     tile, fixed = shared.call.tuned("sums")
     heads, entries, size = owner.embeddings.shape
-    low, high = visible(shared.call.options.mask, 1 - n_queries, n_keys - 1)
-    # The diagonal o has the distances from o S - S + 1 to o S + S - 1.
-    first_diagonal = -((tile.BN - 1 - low) // tile.BN)
-    n_diagonals = max(0, (high + tile.BM - 1) // tile.BN - first_diagonal + 1)
+    first_diagonal, n_diagonals, n_chunks = diagonals(shared.call, 1 - n_queries, n_keys - 1)
     found = owner.embeddings.new_zeros((n_heads, entries, size), dtype=torch.float32)
     if n_diagonals:
-        n_chunks = triton.cdiv(PROGRAMS, n_heads * n_diagonals)
-        n_chunks = min(n_chunks, n_batch * triton.cdiv(min(n_queries, n_keys), tile.BM))
         width = size if name == "value_embeddings" else fixed.EB
         n_parts = triton.cdiv(size, width)
         sums = found.new_empty((n_heads, n_diagonals, n_chunks, n_parts, 2 * tile.BM, width))

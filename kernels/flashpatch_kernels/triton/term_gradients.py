@@ -265,13 +265,8 @@ def table_gradient(shared: Shared, table: Tensor, ends: Tensor | None) -> Tensor
     entries = table.shape[1]
     first = 1 - n_queries if call.options.first is None else call.options.first
     low, high = max(first, 1 - n_queries), min(first + entries, n_keys) - 1
-    low, high = visible(call.options.mask, low, high)
     out = torch.empty(table.shape, dtype=table.dtype, device=table.device)
-    # The diagonal o has the distances from o BN - BM + 1 to o BN + BN - 1.
-    first_diagonal = -((tile.BN - 1 - low) // tile.BN)
-    n_diagonals = max(0, (high + tile.BM - 1) // tile.BN - first_diagonal + 1)
-    n_chunks = triton.cdiv(PROGRAMS, max(1, n_heads * n_diagonals))
-    n_chunks = min(n_chunks, n_batch * triton.cdiv(min(n_queries, n_keys), tile.BM))
+    first_diagonal, n_diagonals, n_chunks = diagonals(call, low, high)
     sums = table.new_empty((n_heads, n_diagonals, n_chunks, 2 * tile.BM), dtype=torch.float32)
     if n_diagonals:
         functions = (table_steps, table_place, table_finish)
@@ -288,6 +283,20 @@ def table_gradient(shared: Shared, table: Tensor, ends: Tensor | None) -> Tensor
         *(tile.BM, tile.BN, width),
     )
     return out
+
+
+def diagonals(call: launching.Setup, low: int, high: int) -> tuple[int, int, int]:
+    """The first diagonal of tiles with visible distances from low to high, how many, and chunks.
+
+    The diagonal o has the distances from o BN - BM + 1 to o BN + BN - 1.
+    """
+    n_batch, n_heads, _, n_queries, n_keys = call.sizes
+    tile, _ = call.tuned("sums")
+    low, high = visible(call.options.mask, low, high)
+    first = -((tile.BN - 1 - low) // tile.BN)
+    number = max(0, (high + tile.BM - 1) // tile.BN - first + 1)
+    chunks = triton.cdiv(PROGRAMS, max(1, n_heads * number))
+    return first, number, min(chunks, n_batch * triton.cdiv(min(n_queries, n_keys), tile.BM))
 
 
 def visible(mask: object, low: int, high: int) -> tuple[int, int]:
