@@ -27,6 +27,12 @@ from flashpatch_kernels.triton.tiles import LOG2E
 
 
 @triton.jit
+def of_row(score, batch):
+    """The record for another row of the batch."""
+    return score[:2] + (batch,) + score[3:]
+
+
+@triton.jit
 def opened(
     score, head, start, pointers,
     OPENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -195,10 +195,7 @@ def sums_kernel(
     acc = START(C)
     for t in tl.range(0, whole):
         b, h, m, n = PLACE(walk, pid, t, mask, n_batch, n_heads, n_queries, n_keys, WHOLE, C)
-        score = (factor, cap, b, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head,
-                 bias_row, table_rows, table_row, first, last, origin,
-                 (vectors, w_head, w_first, w_entries, u_head, u_first, u_entries,
-                  z_head, z_first, z_entries))  # fmt: skip
+        score = scores.of_row(score, b)
         acc = sums_step(
             acc, queries, keys, values, douts, STATS, n_rows, b, h, m, n, mask, n_heads, group,
             n_queries, n_keys, to_log2, level, score, sources, drop,
@@ -206,10 +203,7 @@ def sums_kernel(
         )  # fmt: skip
     for t in tl.range(whole, steps):
         b, h, m, n = PLACE(walk, pid, t, mask, n_batch, n_heads, n_queries, n_keys, WHOLE, C)
-        score = (factor, cap, b, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head,
-                 bias_row, table_rows, table_row, first, last, origin,
-                 (vectors, w_head, w_first, w_entries, u_head, u_first, u_entries,
-                  z_head, z_first, z_entries))  # fmt: skip
+        score = scores.of_row(score, b)
         acc = sums_step(
             acc, queries, keys, values, douts, STATS, n_rows, b, h, m, n, mask, n_heads, group,
             n_queries, n_keys, to_log2, level, score, sources, drop,
