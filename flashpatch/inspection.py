@@ -1,12 +1,44 @@
 """Tells, from its source alone, how a class computes attention."""
 
+import ast
 import inspect
 import re
+import sys
 from functools import cache
+from pathlib import Path
 
 _INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS|_ATTENTION_FUNCTIONS\b")
-_SOFTMAX = re.compile(r"softmax\(|scaled_dot_product_attention\(|MultiheadAttention\(")
-_PRODUCT = re.compile(r"matmul\(|bmm\(|einsum\(|@ |scaled_dot_product_attention\(")
+_SOFTMAX = re.compile(
+    r"[sS]oftmax\(|scaled_dot_product_attention\(|MultiheadAttention\(|"
+    r"logsumexp\(|multi_head_attention_forward\("
+)
+_PRODUCT = re.compile(
+    r"matmul\w*\(|bmm\(|einsum\(|@ |scaled_dot_product_attention\(|multi_head_attention_forward\("
+)
+
+
+@cache
+def _classes_in(file: str) -> dict[str, str]:
+    """The classes of a file and their source. `inspect` reads the file anew for each of them."""
+    text = Path(file).read_text("utf-8")
+    lines = text.splitlines(keepends=True)
+    return {
+        node.name: "".join(lines[node.lineno - 1 : node.end_lineno])
+        for node in ast.parse(text).body
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+@cache
+def source_of(cls: type) -> str | None:
+    """The source of a class, if it has one that can be read."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None) or ""
+    if cls.__module__.startswith("transformers.") and file.endswith(".py"):
+        return _classes_in(file).get(cls.__qualname__)
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):  # built at run time, or without a source file
+        return None
 
 
 @cache
@@ -19,9 +51,8 @@ def own_attention(cls: type) -> bool:
         return cls.__name__ == "MultiheadAttention"
     if not cls.__module__.startswith("transformers.models.") and "Attention" not in cls.__name__:
         return False
-    try:
-        source = inspect.getsource(cls)
-    except (OSError, TypeError):  # built at run time, or without a source file
+    source = source_of(cls)
+    if source is None:
         return "Attention" in cls.__name__
     if _INTERFACE.search(source):
         return True
@@ -37,10 +68,7 @@ def calls_interface(cls: type) -> bool:
     for above in cls.__mro__:
         if above.__module__.startswith(("torch.", "builtins")):
             continue
-        try:
-            source = inspect.getsource(above)
-        except (OSError, TypeError):
-            return True
-        if _INTERFACE.search(source):
+        source = source_of(above)
+        if source is None or _INTERFACE.search(source):
             return True
     return False

@@ -183,7 +183,7 @@ def matching(model: nn.Module, patterns: Patterns) -> tuple[str, ...] | None:
     given = _patterns("patterns", patterns)
     if given is None:
         return None
-    modules = [(name, _patch_of(type(module))) for name, module in model.named_modules()]
+    modules = [(name, patch_of(type(module))) for name, module in model.named_modules()]
     names = {
         written for name, patch in modules if patch and patch.attends for written in _names(name)
     }
@@ -222,7 +222,7 @@ def _names(name: str) -> tuple[str, ...]:
     return name, bare
 
 
-def _patch_of(cls: type) -> Patch | None:
+def patch_of(cls: type) -> Patch | None:
     """The patch for this class, unless the class does not do yet what the patch relies on.
 
     Attention classes have joined transformers' interface one by one.
@@ -236,7 +236,7 @@ def _patch_of(cls: type) -> Patch | None:
 def _find(
     model: nn.Module, only: tuple[str, ...] | None, skip: tuple[str, ...] | None
 ) -> list[Found]:
-    modules = [(n, m, p) for n, m in model.named_modules() if (p := _patch_of(type(m))) is not None]
+    modules = [(n, m, p) for n, m in model.named_modules() if (p := patch_of(type(m))) is not None]
     unused = {*(only or ()), *(skip or ())}
 
     def matches(name: str, patterns: tuple[str, ...] | None) -> bool:
@@ -282,7 +282,7 @@ def _config_reasons(model: nn.Module, found: Iterable[Found]) -> dict[int, Reaso
         cls = type(module)
         # PyTorch's own attention is given no masks of a model's, but pools its tokens
         config = config_of(module) if cls.__module__.startswith("torch.") else configs[name]
-        if id(config) in keyed and _patch_of(cls) is None and own_attention(cls):
+        if id(config) in keyed and patch_of(cls) is None and own_attention(cls):
             reasons[id(config)] = Reason(
                 "SHARED_MASKS",
                 f"the model shares its masks with {cls.__name__}, which has no patch",
@@ -383,7 +383,7 @@ def _report(
             outcome = describe(f.module, f.active)
         rows.append(Row(f.name, type(f.module).__name__, outcome))
     for name, module in model.named_modules():
-        if _patch_of(type(module)) is None and own_attention(type(module)):
+        if patch_of(type(module)) is None and own_attention(type(module)):
             rows.append(Row(name, type(module).__name__, NO_PATCH))
     return Report.of(rows)
 

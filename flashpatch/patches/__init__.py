@@ -2,5 +2,5 @@
 
 from importlib import import_module
 
-for _room in ("interface", "t5", "alibi", "attn_method", "relative", "deberta"):
+for _room in ("interface", "t5", "alibi", "attn_method", "relative", "deberta", "explicit"):
     import_module(f"{__name__}.{_room}")

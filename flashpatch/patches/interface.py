@@ -34,6 +34,7 @@ from flashpatch.masks import (
     unpack,
     within_window,
 )
+from flashpatch.patches.interface_classes import CLASSES
 from flashpatch.registry import Patch, register
 from flashpatch_kernels import masks
 from flashpatch_kernels.engines import Reason
@@ -41,36 +42,6 @@ from flashpatch_kernels.masks import Band, Mask
 from flashpatch_kernels.options import Options
 
 KEY = "fpatch"
-
-CLASSES = (
-    "albert.modeling_albert.AlbertAttention",
-    "bart.modeling_bart.BartAttention",
-    "bert.modeling_bert.BertCrossAttention",
-    "bert.modeling_bert.BertSelfAttention",
-    "clip.modeling_clip.CLIPAttention",
-    "distilbert.modeling_distilbert.DistilBertSelfAttention",
-    "electra.modeling_electra.ElectraCrossAttention",
-    "electra.modeling_electra.ElectraSelfAttention",
-    "gemma2.modeling_gemma2.Gemma2Attention",
-    "gemma3.modeling_gemma3.Gemma3Attention",
-    "gpt2.modeling_gpt2.GPT2Attention",
-    "gpt_neox.modeling_gpt_neox.GPTNeoXAttention",
-    "gpt_oss.modeling_gpt_oss.GptOssAttention",
-    "llama.modeling_llama.LlamaAttention",
-    "mistral.modeling_mistral.MistralAttention",
-    "modernbert.modeling_modernbert.ModernBertAttention",
-    "opt.modeling_opt.OPTAttention",
-    "phi3.modeling_phi3.Phi3Attention",
-    "qwen2.modeling_qwen2.Qwen2Attention",
-    "qwen3.modeling_qwen3.Qwen3Attention",
-    "roberta.modeling_roberta.RobertaCrossAttention",
-    "roberta.modeling_roberta.RobertaSelfAttention",
-    "seamless_m4t.modeling_seamless_m4t.SeamlessM4TAttention",
-    "seamless_m4t_v2.modeling_seamless_m4t_v2.SeamlessM4Tv2Attention",
-    "siglip.modeling_siglip.SiglipAttention",
-    "vit.modeling_vit.ViTAttention",
-    "whisper.modeling_whisper.WhisperAttention",
-)
 
 # Arguments that models pass on and that change nothing, given the mask.
 HARMLESS = frozenset(
@@ -334,6 +305,7 @@ def activate() -> None:
     AttentionMaskInterface.register(KEY, fpatch_mask)
 
 
-for _name in CLASSES:
-    register(Patch(f"transformers.models.{_name}"))
+for _module, _names in CLASSES.items():
+    for _name in _names:
+        register(Patch(f"transformers.models.{_module}.{_name}"))
 activate()

@@ -1,0 +1,156 @@
+"""Classes that compute softmax(q k^T) v themselves, operation by operation.
+
+Their own `forward` runs, and what it does with the product of queries and keys is read on the way:
+see `flashpatch.products`. A row is a class, and whether its model's masks may be compact ones.
+"""
+
+import inspect
+from functools import cache, partial
+from typing import Any
+
+from torch import nn
+
+from flashpatch.dispatch import DEFAULT, Settings
+from flashpatch.patches.interface import why_blocked
+from flashpatch.products import Reading, released
+from flashpatch.registry import Patch, register
+
+# Classes that only add the mask they are given, so that it may be a compact one.
+KEYED: tuple[str, ...] = ()
+# Classes that slice or invert it first, or whose masks are their own model's.
+CLASSES = (
+    "bark.modeling_bark.BarkSelfAttention",
+    "blip.modeling_blip.BlipAttention",
+    "blip_text.modeling_blip_text.BlipTextSelfAttention",
+    "bros.modeling_bros.BrosSelfAttention",
+    "canine.modeling_canine.CanineSelfAttention",
+    "clap.modeling_clap.ClapAudioSelfAttention",
+    "clvp.modeling_clvp.ClvpSelfAttention",
+    "codegen.modeling_codegen.CodeGenAttention",
+    "convbert.modeling_convbert.ConvBertSelfAttention",
+    "cpmant.modeling_cpmant.CpmAntAttention",
+    "cvt.modeling_cvt.CvtSelfAttention",
+    "dab_detr.modeling_dab_detr.DabDetrAttention",
+    "dab_detr.modeling_dab_detr.DetrAttention",
+    "data2vec.modeling_data2vec_vision.Data2VecVisionSdpaSelfAttention",
+    "data2vec.modeling_data2vec_vision.Data2VecVisionSelfAttention",
+    "deepseek_ocr2.modeling_deepseek_ocr2.DeepseekOcr2SamVisionAttention",
+    "deepseek_ocr2.modeling_deepseek_ocr2.DeepseekOcr2SamVisionSdpaAttention",
+    "donut_swin.modeling_donut_swin.DonutSwinSelfAttention",
+    "evolla.modeling_evolla.EvollaSequenceAlignerCrossAttention",
+    "evolla.modeling_evolla.EvollaSequenceCompressorAttention",
+    "falcon.modeling_falcon.FalconAttention",
+    "fastspeech2_conformer.modeling_fastspeech2_conformer.FastSpeech2ConformerAttention",
+    "flaubert.modeling_flaubert.MultiHeadAttention",
+    "flava.modeling_flava.FlavaSelfAttention",
+    "fsmt.modeling_fsmt.Attention",
+    "funnel.modeling_funnel.FunnelRelMultiheadAttention",
+    "gemma3n.modeling_gemma3n.Gemma3nAudioAttention",
+    "gemma4.modeling_gemma4.Gemma4AudioAttention",
+    "git.modeling_git.GitSelfAttention",
+    "glpn.modeling_glpn.GLPNEfficientSelfAttention",
+    "got_ocr2.modeling_got_ocr2.GotOcr2VisionAttention",
+    "gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseAttention",
+    "granite_speech.modeling_granite_speech.GraniteSpeechConformerAttention",
+    "granite_speech_plus.modeling_granite_speech_plus.GraniteSpeechPlusConformerAttention",
+    "grounding_dino.modeling_grounding_dino.GroundingDinoBiMultiHeadAttention",
+    "grounding_dino.modeling_grounding_dino.GroundingDinoMultiheadAttention",
+    "groupvit.modeling_groupvit.GroupViTAttention",
+    "hiera.modeling_hiera.HieraMaskUnitAttention",
+    "ibert.modeling_ibert.IBertSelfAttention",
+    "imagegpt.modeling_imagegpt.ImageGPTAttention",
+    "informer.modeling_informer.InformerProbSparseAttention",
+    "layoutlmv2.modeling_layoutlmv2.LayoutLMv2SelfAttention",
+    "layoutlmv3.modeling_layoutlmv3.LayoutLMv3SelfAttention",
+    "led.modeling_led.LEDDecoderAttention",
+    "led.modeling_led.LEDEncoderSelfAttention",
+    "levit.modeling_levit.LevitAttention",
+    "levit.modeling_levit.LevitAttentionSubsample",
+    "lilt.modeling_lilt.LiltSelfAttention",
+    "luke.modeling_luke.LukeSelfAttention",
+    "lxmert.modeling_lxmert.LxmertAttention",
+    "mask2former.modeling_mask2former.Mask2FormerAttention",
+    "maskformer_swin.modeling_maskformer_swin.MaskFormerSwinSelfAttention",
+    "megatron_bert.modeling_megatron_bert.MegatronBertSelfAttention",
+    "mgp_str.modeling_mgp_str.MgpstrAttention",
+    "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoBiMultiHeadAttention",
+    "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoMultiheadAttention",
+    "mobilevit.modeling_mobilevit.MobileViTSelfAttention",
+    "mpnet.modeling_mpnet.MPNetSelfAttention",
+    "mpt.modeling_mpt.MptAttention",
+    "mvp.modeling_mvp.MvpAttention",
+    "omdet_turbo.modeling_omdet_turbo.OmDetTurboMultiheadAttention",
+    "oneformer.modeling_oneformer.OneFormerAttention",
+    "openai.modeling_openai.Attention",
+    "pegasus_x.modeling_pegasus_x.PegasusXGlobalLocalAttention",
+    "perceiver.modeling_perceiver.PerceiverSelfAttention",
+    "pp_doclayout_v2.modeling_pp_doclayout_v2.PPDocLayoutV2ReadingOrderSelfAttention",
+    "pp_formulanet.modeling_pp_formulanet.PPFormulaNetVisionAttention",
+    "prophetnet.modeling_prophetnet.ProphetNetAttention",
+    "prophetnet.modeling_prophetnet.ProphetNetNgramSelfAttention",
+    "pvt.modeling_pvt.PvtEfficientSelfAttention",
+    "pvt_v2.modeling_pvt_v2.PvtV2SelfAttention",
+    "rembert.modeling_rembert.RemBertSelfAttention",
+    "roformer.modeling_roformer.RoFormerSelfAttention",
+    "sam.modeling_sam.SamVisionAttention",
+    "sam.modeling_sam.SamVisionSdpaAttention",
+    "sam_hq.modeling_sam_hq.SamHQVisionAttention",
+    "sam_hq.modeling_sam_hq.SamHQVisionSdpaAttention",
+    "seggpt.modeling_seggpt.SegGptAttention",
+    "sew_d.modeling_sew_d.DisentangledSelfAttention",
+    "slanext.modeling_slanext.SLANeXtVisionAttention",
+    "speecht5.modeling_speecht5.SpeechT5Attention",
+    "squeezebert.modeling_squeezebert.SqueezeBertSelfAttention",
+    "superglue.modeling_superglue.SuperGlueSelfAttention",
+    "swin2sr.modeling_swin2sr.Swin2SRSelfAttention",
+    "swinv2.modeling_swinv2.Swinv2SelfAttention",
+    "table_transformer.modeling_table_transformer.TableTransformerAttention",
+    "tapas.modeling_tapas.TapasSelfAttention",
+    "timesformer.modeling_timesformer.TimesformerSelfAttention",
+    "trocr.modeling_trocr.TrOCRAttention",
+    "tvp.modeling_tvp.TvpAttention",
+    "unlimited_ocr.modeling_unlimited_ocr.UnlimitedOcrSamVisionAttention",
+    "unlimited_ocr.modeling_unlimited_ocr.UnlimitedOcrSamVisionSdpaAttention",
+    "vilt.modeling_vilt.ViltSelfAttention",
+    "visual_bert.modeling_visual_bert.VisualBertSelfAttention",
+    "vitdet.modeling_vitdet.VitDetAttention",
+    "vits.modeling_vits.VitsAttention",
+    "wavlm.modeling_wavlm.WavLMAttention",
+    "xglm.modeling_xglm.XGLMAttention",
+    "xlm.modeling_xlm.MultiHeadAttention",
+    "xlnet.modeling_xlnet.XLNetRelativeAttention",
+    "torch.nn.modules.activation.MultiheadAttention",
+)
+
+_ASKED = ("output_attentions", "head_mask", "layer_head_mask")
+
+
+@cache
+def _places(cls: Any) -> dict[str, int]:
+    """Which of the arguments of a class's forward are those that may refuse a call."""
+    names = list(inspect.signature(cls.forward).parameters)[1:]
+    return {name: names.index(name) for name in _ASKED if name in names}
+
+
+def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The class's own `forward`, its attention computed by an engine."""
+    settings: Settings = getattr(module, "_flashpatch", DEFAULT)
+    cls: Any = type(module)
+    asked = {name: args[at] for name, at in _places(cls).items() if at < len(args)}
+    asked |= {name: kwargs[name] for name in _ASKED if name in kwargs}
+    blocked = why_blocked(module, settings, asked)
+    with Reading(settings, blocked):
+        out = cls.forward(module, *args, **kwargs)
+    return released(out, weights=blocked is not None)
+
+
+def _register(name: str, *, keyed: bool) -> None:
+    owner = name if name.startswith("torch.") else f"transformers.models.{name}"
+    swaps = {"forward": lambda module: partial(forward, module)}
+    register(Patch(owner, keyed=keyed, swaps=swaps, needs_key=False))
+
+
+for _name in KEYED:
+    _register(_name, keyed=True)
+for _name in CLASSES:
+    _register(_name, keyed=False)

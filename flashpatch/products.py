@@ -1,0 +1,766 @@
+"""Attention that a class computes operation by operation, read while it does.
+
+Such a class multiplies queries and keys, scales, adds masks and biases, takes the softmax, drops
+out and multiplies with the values. Within `Reading` no product of tensors is computed at once: a
+`Product` stands for it and notes what is done to it. When a softmax of one is multiplied with
+values, an engine computes all of it; whatever else is done to one computes it as the class itself
+would have, operation by operation. So nothing is taken for attention that is none, and a class
+needs no replacement of its own, only to be named.
+
+Letters: N queries, M keys, D head size; `lead` the sizes before them, such as (B, H).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, handle_torch_function
+from torch.utils._pytree import tree_map
+
+from flashpatch.dispatch import Settings, attend, dropout_seed, fall_back
+from flashpatch.masks import expand, read_once
+from flashpatch_kernels.engines import Reason
+from flashpatch_kernels.masks import Band, Boolean, Mask, intersect
+from flashpatch_kernels.options import Options
+
+Lead = tuple[int, ...]
+
+
+class UnreadableError(Exception):
+    """Something is done to a product that attention does not do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """What a product has become: softmax(q k^T * scale + biases, masked), with dropout.
+
+    Attributes:
+        q: [*lead, N, D], each size of lead may be 1.
+        k: [*lead, M, D], likewise.
+        lead: The sizes before N and M as finely as the class has split them.
+        shown: The same as the class has now merged them.
+        scale: Factor on q k^T.
+        biases: Added to the scores, [*lead, N, M], each size may be 1.
+        masks: bool, true where a key is seen, likewise; or int32 as `masks.pack` makes it.
+        dtype: That which the class would have now.
+        softmax: Whether the softmax was taken.
+        dropout: Probability.
+    """
+
+    q: Tensor
+    k: Tensor
+    lead: Lead
+    shown: Lead
+    scale: float = 1.0
+    biases: tuple[Tensor, ...] = ()
+    masks: tuple[Tensor, ...] = ()
+    dtype: torch.dtype = torch.float32
+    softmax: bool = False
+    dropout: float = 0.0
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor) -> "Terms":
+        """Those of q k^T for q [..., N, D] and k [..., M, D]."""
+        lead = tuple(torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]))
+        dims = len(lead) + 2
+        q, k = (x[(None,) * (dims - x.ndim)] for x in (q, k))
+        return Terms(q, k, lead, lead, dtype=q.dtype)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """N and M."""
+        return self.q.shape[-2], self.k.shape[-2]
+
+    @property
+    def shape(self) -> torch.Size:
+        """As the class sees it."""
+        return torch.Size((*self.shown, *self.sizes))
+
+    def view(self, shape: Lead) -> "Terms":
+        """With other sizes before N and M, of which none is split and merged at once."""
+        if -1 in shape:
+            others = -math.prod(shape)
+            shape = tuple(math.prod(self.shape) // others if s == -1 else s for s in shape)
+        if len(shape) < 3 or shape[-2:] != self.sizes:
+            raise UnreadableError
+        lead = tuple(shape[:-2])
+        if groups(lead, self.lead) is not None:
+            return replace(self, shown=lead)
+        if groups(self.lead, lead) is None:
+            raise UnreadableError
+        split = partial(spread, coarse=self.lead, fine=lead)
+        return replace(
+            self,
+            q=split(self.q),
+            k=split(self.k),
+            lead=lead,
+            shown=lead,
+            biases=tuple(map(split, self.biases)),
+            masks=tuple(m if m.dtype == torch.int32 else split(m) for m in self.masks),
+        )
+
+    def fitted(self, x: Tensor) -> Tensor:
+        """A tensor that meets this one as it is shown, [*lead, N, M] with sizes of 1."""
+        missing = len(self.shown) + 2 - x.ndim
+        if missing < 0:
+            raise UnreadableError
+        return spread(x[(None,) * missing], coarse=self.shown, fine=self.lead)
+
+    def scaled(self, factor: Any) -> "Terms":
+        """Times a number, or a tensor that has one for each query."""
+        if self.softmax:
+            raise UnreadableError
+        if isinstance(factor, Tensor):
+            factor = factor[(None,) * (2 - factor.ndim)] if factor.ndim < 2 else factor
+            if factor.shape[-1] != 1 or not factor.is_floating_point():
+                raise UnreadableError
+            factor = self.fitted(factor)
+            q = self.q * factor.to(self.q.dtype)
+            return replace(self, q=q, biases=tuple(b * factor for b in self.biases))
+        if isinstance(factor, bool) or not isinstance(factor, int | float):
+            raise UnreadableError
+        biases = tuple(b * factor for b in self.biases)
+        return replace(self, scale=self.scale * factor, biases=biases)
+
+    def plus(self, x: Any) -> "Terms":
+        """With a mask or a bias added."""
+        if self.softmax or not isinstance(x, Tensor):
+            raise UnreadableError
+        if x.dtype == torch.int32 and x.ndim == 4:
+            return replace(self, masks=(*self.masks, x))
+        if not x.is_floating_point():
+            raise UnreadableError
+        return replace(self, biases=(*self.biases, self.fitted(x)))
+
+    def seen_where(self, visible: Any) -> "Terms":
+        """With the keys hidden that are not visible."""
+        if self.softmax or not isinstance(visible, Tensor) or visible.dtype != torch.bool:
+            raise UnreadableError
+        return replace(self, masks=(*self.masks, self.fitted(visible)))
+
+    def call(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Options]:
+        """The attention on values [..., M, Dv], as an engine takes it."""
+        merge = partial(in_four, lead=self.lead)
+        n, m = self.sizes
+        if v.ndim < len(self.shown) + 2:
+            v = v[(None,) * (len(self.shown) + 2 - v.ndim)]
+        v = spread(v, coarse=self.shown, fine=self.lead)
+        if not self.softmax or v.shape[-2] != m:
+            raise UnreadableError
+        q = merge(self.q.expand(*self.lead, *self.q.shape[-2:]))
+        k, v = merge(self.k), merge(v)
+        batch = q.shape[0]
+        heads = max(k.shape[1], v.shape[1])
+        k, v = (x.expand(batch, heads, -1, -1) for x in (k, v))
+        bias = None
+        for b in self.biases:
+            bias = merge(b) if bias is None else bias + merge(b)
+        if bias is not None and bias.shape[-1] == 1:
+            bias = bias.expand(-1, -1, -1, m)
+        mask: Mask = Band()
+        for each in self.masks:
+            other = read_once(each, n, m) if each.dtype == torch.int32 else Boolean(merge(each))
+            mask = intersect(mask, other, n, m, q.device)
+        options = Options(
+            mask=mask,
+            scale=self.scale,
+            bias=bias,
+            dropout=self.dropout,
+            seed=dropout_seed(self.dropout, q.device),
+        )
+        return q.to(v.dtype), k.to(v.dtype), v, options
+
+
+def groups(coarse: Lead, fine: Lead) -> list[int] | None:
+    """How many sizes of `fine`, side by side, each of `coarse` is the product of, if it is."""
+    counts, at = [], 0
+    for left, size in zip(range(len(coarse) - 1, -1, -1), coarse, strict=True):
+        start, product = at, 1
+        while at < len(fine) and (at == start or product < size):
+            product *= fine[at]
+            at += 1
+        while product == size and len(fine) - at > left and fine[at] == 1:
+            at += 1
+        if product != size:
+            return None
+        counts.append(at - start)
+    return counts if at == len(fine) else None
+
+
+def spread(x: Tensor, *, coarse: Lead, fine: Lead) -> Tensor:
+    """X [*coarse, ...], of which sizes may be 1, as [*fine, ...]."""
+    if coarse == fine:
+        return x
+    counts = groups(coarse, fine)
+    if counts is None:
+        raise UnreadableError
+    shape: list[int] = []
+    at = 0
+    for place, (size, count) in enumerate(zip(coarse, counts, strict=True)):
+        if x.shape[place] not in (1, size):
+            raise UnreadableError
+        shape += fine[at : at + count] if x.shape[place] == size else (1,) * count
+        at += count
+    return x.reshape(*shape, *x.shape[len(coarse) :])
+
+
+def in_four(x: Tensor, *, lead: Lead) -> Tensor:
+    """X [*lead, ...] with sizes of 1 as [B|1, H|1, ...]: all but the last of `lead` merged."""
+    rest = x.shape[len(lead) :]
+    if len(lead) == 1:
+        return x[:, None]
+    outer, heads = x.shape[: len(lead) - 1], x.shape[len(lead) - 1]
+    if len(outer) == 1:
+        return x
+    if all(size == 1 for size in outer):
+        return x.reshape(1, heads, *rest)
+    return x.expand(*lead[:-1], heads, *rest).reshape(-1, heads, *rest)
+
+
+class Product:
+    """Stands for a product of tensors and for what becomes of it; computed only where it must be.
+
+    Attributes:
+        replay: Computes it as the class would have.
+        terms: What it is; None where that is not known.
+        is_weights: Whether a softmax was taken on the way here.
+    """
+
+    def __init__(
+        self, replay: Callable[[], Tensor], terms: Terms | None, is_weights: bool = False
+    ) -> None:
+        self.replay = replay
+        self.terms = terms
+        self.is_weights = is_weights
+        self.computed: Tensor | None = None
+
+    def compute(self) -> Tensor:
+        """The tensor itself."""
+        if self.computed is None:
+            self.computed = self.replay()
+            self.terms = None
+        return self.computed
+
+    def copy(self) -> "Product":
+        """The same, for when this one is changed in place."""
+        return Product(self.replay, self.terms, self.is_weights)
+
+    @property
+    def shape(self) -> torch.Size:
+        """As a tensor's."""
+        return self.compute().shape if self.terms is None else self.terms.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As a tensor's."""
+        return self.compute().dtype if self.terms is None else self.terms.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """As a tensor's."""
+        return self.compute().device if self.terms is None else self.terms.q.device
+
+    @property
+    def ndim(self) -> int:
+        """As a tensor's."""
+        return len(self.shape)
+
+    def dim(self) -> int:
+        """As a tensor's."""
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        """As a tensor's."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(torch.Tensor, name)
+        if not callable(function):
+            return getattr(self.compute(), name)
+        return partial(handle_torch_function, function, (self,), self)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """What a function makes of products outside of a `Reading`: the tensors'."""
+        return func(*computed(args), **computed(kwargs or {}))
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def operate(self: Product, *args: Any) -> Any:
+        return handle_torch_function(getattr(torch.Tensor, name), (self, *args), self, *args)
+
+    return operate
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul"):
+    setattr(Product, f"__{_name}__", _operator(f"__{_name}__"))
+for _name in ("rmatmul", "neg", "getitem", "setitem", "lt", "le", "gt", "ge", "pow"):
+    setattr(Product, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def computed(tree: Any) -> Any:
+    """The same with tensors in the place of products."""
+    return tree_map(lambda x: x.compute() if isinstance(x, Product) else x, tree)
+
+
+def released(tree: Any, *, weights: bool) -> Any:
+    """What a class returns, without products; attention weights are None unless `weights`."""
+
+    def release(x: Any) -> Any:
+        if not isinstance(x, Product):
+            return x
+        return x.compute() if weights or not x.is_weights else None
+
+    return tree_map(release, tree)
+
+
+class Reading(TorchFunctionMode):
+    """The time in which a module's forward runs and its attention is read.
+
+    Args:
+        settings: The module's.
+        refused: The reason for which all is computed as the class would.
+    """
+
+    def __init__(self, settings: Settings, refused: Reason | None = None) -> None:
+        super().__init__()
+        self.settings = settings
+        self.refused = refused
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = _NAMES.get(func) or _name_of(func)
+        begin = BEGINNINGS.get(name)
+        if begin is not None:
+            result = begin(self, func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        if not any(isinstance(x, Product) for x in (*args, *kwargs.values())):
+            if any(isinstance(x, tuple | list) for x in args):
+                args = computed(args)
+            result = func(*args, **kwargs)
+            if name in CONSTANTS:
+                _note_constant(result, args)
+            return result
+        return self.follow(name, func, args, kwargs)
+
+    def follow(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function makes of products."""
+        step = STEPS.get(name.rstrip("_"))
+        first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Product))
+        in_place = name.endswith("_") and first is args[0]
+        before = (first.copy(), *args[1:]) if in_place else args
+        replay = partial(_replay, func, before, kwargs)
+        if step is None:
+            if name in DEFERRED and first.is_weights:
+                return Product(replay, None, is_weights=True)
+            return func(*computed(args), **computed(kwargs))
+        try:
+            result = step(self, *args, **kwargs)
+        except UnreadableError:
+            return func(*computed(args), **computed(kwargs))
+        if not isinstance(result, Terms):
+            return result
+        if in_place:
+            first.replay, first.terms, first.is_weights = replay, result, result.softmax
+            return first
+        return Product(replay, result, is_weights=result.softmax)
+
+    def finish(self, weights: Product, v: Any, replay: Callable[[], Tensor]) -> Tensor:
+        """The product of attention weights and values."""
+        terms = weights.terms
+        if terms is None or not isinstance(v, Tensor):
+            raise UnreadableError
+        if self.refused is not None:
+            return fall_back(self.refused, self.settings, replay)
+        q, k, v4, options = terms.call(v)
+        out = attend(q, k, v4, options, self.settings, lambda: None)
+        if out is None:
+            return replay()
+        return out.reshape(*terms.shown, *out.shape[-2:])
+
+
+def _replay(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A function on tensors, where a compact mask that is added is one of numbers to add."""
+    args = computed(args)
+    if func in _ADDITIONS and len(args) > 1:
+        args = tuple(_as_numbers(x, args[1 - i]) if i < 2 else x for i, x in enumerate(args))
+    return func(*args, **computed(kwargs))
+
+
+def _as_numbers(mask: Any, scores: Any) -> Any:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.int32 or mask.ndim != 4:
+        return mask
+    return expand(mask, *scores.shape[-2:], scores, causal=False, additive=True)
+
+
+@cache
+def _name_of(func: Any) -> str:
+    name = getattr(func, "__name__", "")
+    if name.startswith("__") and name.endswith("__"):
+        return name.strip("_")
+    return name
+
+
+_NAMES: dict[Any, str] = {
+    getattr(torch.Tensor, f"__{name}__"): name
+    for name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "rmatmul")
+}
+_ADDITIONS = frozenset(
+    (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__)
+)
+
+# Functions that make a tensor of one number, which is then known.
+CONSTANTS = ("tensor", "full", "to", "scalar_tensor")
+
+
+def _note_constant(result: Any, args: tuple[Any, ...]) -> None:
+    if not isinstance(result, Tensor) or result.ndim != 0:
+        return
+    given = args[0]
+    if isinstance(given, tuple | list | torch.Size) and len(args) > 1:
+        given = args[1]
+    value = getattr(given, "_flashpatch_constant", given)
+    if isinstance(value, int | float):
+        result._flashpatch_constant = value  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _constant(value: Any) -> Any:
+    return getattr(value, "_flashpatch_constant", value)
+
+
+def _hides(value: Any) -> bool:
+    """Whether a score of this value is none: the least of a dtype."""
+    value = _constant(value)
+    return isinstance(value, int | float) and value <= torch.finfo(torch.float16).min
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as a product takes them under autocast."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) for x in tensors)
+
+
+# How a product comes to be: (reading, function, arguments) -> what stands for the result.
+
+
+def _matmul(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if kwargs or len(args) != 2:
+        return NotImplemented
+    a, b = args
+    if isinstance(a, Product) and a.is_weights:
+        replay = partial(_replay, func, args, kwargs)
+        try:
+            return reading.finish(a, b, replay)
+        except UnreadableError:
+            return replay()
+    a, b = computed(args)
+    if a.ndim < 3 or b.ndim < 3 or not a.is_floating_point() or a.dtype != b.dtype:
+        return func(a, b)
+    a, b = _autocast(a, b)
+    return Product(partial(func, a, b), Terms.of(a, b.transpose(-1, -2)))
+
+
+def _rmatmul(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _matmul(reading, torch.matmul, args[::-1], kwargs)
+
+
+def _baddbmm(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    if len(args) != 3 or set(kwargs) - {"beta", "alpha"}:
+        return NotImplemented
+    bias, a, b = args
+    if any(isinstance(x, Product) for x in args):
+        return NotImplemented
+    a, b = _autocast(a, b)
+    terms = Terms.of(a, b.transpose(1, 2)).scaled(alpha)
+    if beta != 0:
+        terms = terms.plus(bias if beta == 1 else bias * beta)
+    return Product(partial(func, bias, a, b, **kwargs), terms)
+
+
+def _einsum(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) != 3 or not isinstance(args[0], str):
+        return NotImplemented
+    equation, a, b = args
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    first, _, second = inputs.partition(",")
+    if "." in equation or not output or len(set(first)) < len(first):
+        return func(*computed(args))
+    if isinstance(a, Product) and a.is_weights and a.terms is not None:
+        return _einsum_of_weights(reading, func, args, first, second, output)
+    a, b = computed((a, b))
+    shared = [x for x in output if x in first and x in second]
+    rows, columns = ([x for x in output if x in own and x not in shared] for own in (first, second))
+    inner = [x for x in first if x in second and x not in output]
+    if len(rows) != 1 or len(columns) != 1 or len(inner) != 1 or not shared or a.ndim < 3:
+        return func(equation, a, b)
+    if list(output) != [*shared, *rows, *columns] or len(second) != len(shared) + 2:
+        return func(equation, a, b)
+    if a.dtype != b.dtype or len(first) != len(shared) + 2:
+        return func(equation, a, b)
+    a, b = _autocast(a, b)
+    q = a.permute([first.index(x) for x in (*shared, *rows, *inner)])
+    k = b.permute([second.index(x) for x in (*shared, *columns, *inner)])
+    return Product(partial(func, equation, a, b), Terms.of(q, k))
+
+
+def _einsum_of_weights(
+    reading: Reading, func: Any, args: tuple[Any, ...], first: str, second: str, output: str
+) -> Any:
+    weights, v = args[1:]
+    replay = partial(_replay, func, args, {})
+    *shared, row, inner = first
+    value = [x for x in second if x not in first]
+    readable = len(value) == 1 and sorted(second) == sorted([*shared, inner, *value])
+    if not readable or sorted(output) != sorted([*shared, row, *value]):
+        return replay()
+    try:
+        v = v.permute([second.index(x) for x in (*shared, inner, *value)])
+        out = reading.finish(weights, v, replay)
+    except UnreadableError:
+        return replay()
+    made = [*shared, row, *value]
+    # a fallback has computed the equation itself
+    same = reading.refused is not None
+    return out if same else out.permute([made.index(x) for x in output])
+
+
+def _fused(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """PyTorch's own attention function."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = {**dict(zip(names, computed(args), strict=False)), **computed(kwargs)}
+    q, k, v, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
+    n, m = q.shape[-2], k.shape[-2]
+
+    def original() -> Tensor:
+        dense = mask
+        if isinstance(mask, Tensor) and mask.dtype == torch.int32:
+            dense = expand(mask, n, m, q, causal=False, additive=False)
+        return func(**{**given, "attn_mask": dense})
+
+    if reading.refused is not None:
+        return fall_back(reading.refused, reading.settings, original)
+    if q.ndim < 3 or q.dtype != k.dtype:
+        return original()
+    try:
+        group = q.shape[-3] // k.shape[-3] if given.get("enable_gqa") and q.ndim > 3 else 1
+        scale = given.get("scale")
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        lead = tuple(torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])) if group == 1 else None
+        if lead is None:
+            return original() if q.ndim != 4 else _grouped(reading, given, scale, original)
+        terms = replace(Terms.of(q, k).scaled(scale), softmax=False)
+        if isinstance(mask, Tensor):
+            terms = terms.seen_where(mask) if mask.dtype == torch.bool else terms.plus(mask)
+        terms = replace(terms, softmax=True, dropout=given.get("dropout_p") or 0.0)
+        q4, k4, v4, options = terms.call(v)
+    except UnreadableError:
+        return original()
+    if given.get("is_causal"):
+        causal = Band(right=0)
+        options = replace(options, mask=intersect(options.mask, causal, n, m, q.device))
+    out = attend(q4, k4, v4, options, reading.settings, original)
+    return out if out.ndim != 4 or q.ndim == 4 else out.reshape(*terms.shown, *out.shape[-2:])
+
+
+def _grouped(
+    reading: Reading, given: dict[str, Any], scale: float, original: Callable[[], Tensor]
+) -> Tensor:
+    """The same where several query heads share a key head."""
+    q, k, v, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
+    n, m, dropout = q.shape[2], k.shape[2], given.get("dropout_p") or 0.0
+    read: Mask = Band(right=0) if given.get("is_causal") else Band()
+    bias = None
+    if mask is not None and mask.is_floating_point():
+        bias = mask[(None,) * (4 - mask.ndim)]
+    elif mask is not None:
+        mask = mask if mask.dtype == torch.int32 else mask[(None,) * (4 - mask.ndim)]
+        read = read_once(mask, n, m)
+    seed = dropout_seed(dropout, q.device)
+    options = Options(mask=read, scale=scale, bias=bias, dropout=dropout, seed=seed)
+    return attend(q, k, v, options, reading.settings, original)
+
+
+@cache
+def _entered(func: Any) -> Any:
+    """A function of PyTorch that tells a mode of itself only, as one that tells of its steps."""
+    known = {**func.__globals__, "has_torch_function": lambda _: False}
+    return FunctionType(func.__code__, known, func.__name__, func.__defaults__, func.__closure__)
+
+
+def _composed(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    inner = _entered(func)
+    inner.__kwdefaults__ = func.__kwdefaults__
+    with reading:
+        return inner(*args, **kwargs)
+
+
+BEGINNINGS: dict[str, Callable[..., Any]] = {
+    "matmul": _matmul,
+    "bmm": _matmul,
+    "rmatmul": _rmatmul,
+    "baddbmm": _baddbmm,
+    "einsum": _einsum,
+    "scaled_dot_product_attention": _fused,
+    "multi_head_attention_forward": _composed,
+}
+
+# What is done to a product: (reading, arguments) -> what it then is.
+
+
+def _of(x: Any) -> Terms:
+    if not isinstance(x, Product) or x.terms is None:
+        raise UnreadableError
+    return x.terms
+
+
+def _plus(reading: Reading, a: Any, b: Any, alpha: float = 1) -> Terms:
+    if alpha != 1:
+        raise UnreadableError
+    if isinstance(a, Product) and isinstance(b, Product):
+        # the first is the product with the keys if it is not known; the other is a bias
+        if b.terms is not None and a.terms is None:
+            a, b = b, a
+        return _of(a).plus(b.compute())
+    return _of(a).plus(b) if isinstance(a, Product) else _of(b).plus(a)
+
+
+def _minus(reading: Reading, a: Any, b: Any) -> Terms:
+    if not isinstance(a, Product) or not isinstance(b, Tensor) or not b.is_floating_point():
+        raise UnreadableError
+    return _of(a).plus(-b)
+
+
+def _times(reading: Reading, a: Any, b: Any) -> Terms:
+    a, b = (a, b) if isinstance(a, Product) else (b, a)
+    return _of(a).scaled(_constant(b))
+
+
+def _over(reading: Reading, a: Any, b: Any, rounding_mode: Any = None) -> Terms:
+    b = _constant(b)
+    if rounding_mode is not None or isinstance(b, Product) or not isinstance(a, Product):
+        raise UnreadableError
+    return _of(a).scaled(1 / b)
+
+
+def _softmax(
+    reading: Reading, x: Product, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
+) -> Terms:
+    terms = _of(x)
+    if terms.softmax or dim not in (-1, len(terms.shape) - 1):
+        raise UnreadableError
+    return replace(terms, softmax=True, dtype=dtype or terms.dtype)
+
+
+def _dropout(
+    reading: Reading, x: Product, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Terms:
+    terms = _of(x)
+    if not terms.softmax or (training and p > 0 and terms.dropout > 0):
+        raise UnreadableError
+    return replace(terms, dropout=p) if training and p > 0 else terms
+
+
+def _view(reading: Reading, x: Product, *shape: Any) -> Terms:
+    if len(shape) == 1 and not isinstance(shape[0], int):
+        shape = tuple(shape[0])
+    if not all(isinstance(size, int) for size in shape):
+        raise UnreadableError
+    return _of(x).view(shape)
+
+
+def _unsqueeze(reading: Reading, x: Product, dim: int) -> Terms:
+    shape = list(_of(x).shape)
+    shape.insert(dim if dim >= 0 else len(shape) + 1 + dim, 1)
+    return _of(x).view(tuple(shape))
+
+
+def _masked_fill(reading: Reading, x: Product, mask: Any, value: Any) -> Terms:
+    if not _hides(value) or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise UnreadableError
+    return _of(x).seen_where(~mask)
+
+
+def _where(reading: Reading, condition: Any, x: Any, other: Any) -> Terms:
+    if isinstance(condition, Product):  # as a tensor's method
+        condition, x = x, condition
+    if isinstance(x, Product) and _hides(other):
+        return _of(x).seen_where(condition)
+    if isinstance(other, Product) and _hides(x):
+        return _of(other).seen_where(~condition)
+    raise UnreadableError
+
+
+def _at_least(reading: Reading, x: Any, least: Any = None, **kwargs: Any) -> Terms:
+    """A maximum or a clamp that keeps scores from being infinite changes none that is finite."""
+    least = kwargs.get("min", least)
+    if kwargs.get("max") is not None or not _hides(least) or not isinstance(x, Product):
+        raise UnreadableError
+    return _of(x)
+
+
+def _cast(reading: Reading, x: Product, *args: Any, **kwargs: Any) -> Terms:
+    """Softmax is taken in float32 in any case."""
+    terms = _of(x)
+    given = [*args, *kwargs.values()]
+    dtypes = [a for a in given if isinstance(a, torch.dtype)]
+    dtypes += [a.dtype for a in given if isinstance(a, Tensor | Product)]
+    if not all(d.is_floating_point for d in dtypes):
+        raise UnreadableError
+    return replace(terms, dtype=dtypes[0]) if dtypes else terms
+
+
+def _same(reading: Reading, x: Product, *args: Any, **kwargs: Any) -> Terms:
+    return _of(x)
+
+
+STEPS: dict[str, Callable[..., Any]] = {
+    "add": _plus,
+    "radd": _plus,
+    "sub": _minus,
+    "mul": _times,
+    "multiply": _times,
+    "rmul": _times,
+    "div": _over,
+    "divide": _over,
+    "true_divide": _over,
+    "truediv": _over,
+    "softmax": _softmax,
+    "dropout": _dropout,
+    "view": _view,
+    "reshape": _view,
+    "unsqueeze": _unsqueeze,
+    "masked_fill": _masked_fill,
+    "where": _where,
+    "max": _at_least,
+    "maximum": _at_least,
+    "clamp": _at_least,
+    "clamp_min": _at_least,
+    "to": _cast,
+    "type_as": _cast,
+    "type": _cast,
+    "contiguous": _same,
+    "clone": _same,
+    "float": lambda reading, x: replace(_of(x), dtype=torch.float32),
+    "half": lambda reading, x: replace(_of(x), dtype=torch.float16),
+    "bfloat16": lambda reading, x: replace(_of(x), dtype=torch.bfloat16),
+}
+# What may be returned beside the output, and is computed only if it is looked at.
+DEFERRED = ("mean", "sum")

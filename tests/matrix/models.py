@@ -1,0 +1,254 @@
+"""Tiny models of all types, and what is compared of them."""
+
+import importlib
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from matrix.configs import tiny_config
+from matrix.inputs import BATCH, inputs_by_name, token_mask
+from matrix.row import Row
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from flashpatch import dispatch
+from flashpatch_kernels.engines import TILED
+
+# Where a model class is looked for; those that generate come first.
+GENERATIVE = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+)
+MAPPINGS = (
+    *GENERATIVE,
+    "MODEL_MAPPING",
+    "MODEL_FOR_PRETRAINING_MAPPING",
+    "MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING",
+    "MODEL_FOR_TEXT_TO_SPECTROGRAM_MAPPING",
+    "MODEL_FOR_OBJECT_DETECTION_MAPPING",
+    "MODEL_FOR_CTC_MAPPING",
+    "MODEL_FOR_KEYPOINT_MATCHING_MAPPING",
+)
+
+
+def model_class(config: Any) -> type[PreTrainedModel]:
+    """The class that transformers itself maps the config to, or else the largest of its module."""
+    names = MAPPINGS
+    if getattr(config, "is_encoder_decoder", False):
+        names = (MAPPINGS[1], *MAPPINGS)
+    for name in names:
+        mapping = getattr(modeling_auto, name, {})
+        found = mapping[type(config)] if type(config) in mapping.keys() else None
+        if found is not None:
+            return found[0] if isinstance(found, tuple) else found
+    module = importlib.import_module(
+        type(config).__module__.replace(".configuration_", ".modeling_")
+    )
+    classes = [
+        cls
+        for _, cls in inspect.getmembers(module, inspect.isclass)
+        if issubclass(cls, PreTrainedModel)
+        and cls.__module__ == module.__name__
+        and not cls.__name__.endswith("PreTrainedModel")
+        and cls.config_class is type(config)
+    ]
+    if not classes:
+        raise LookupError(f"{type(config).__name__} has no model class")
+    return min(classes, key=lambda c: (not c.__name__.endswith("Model"), len(c.__name__)))
+
+
+def build(model_type: str, row: Row) -> Any:
+    """A tiny model whose attention matters: weights large enough that its scores differ."""
+    torch.manual_seed(0)
+    config = tiny_config(model_type, row.config)
+    cls: Any = model_class(config)
+    if row.model is not None:
+        cls = getattr(importlib.import_module(cls.__module__), row.model)
+    model = cls._from_config(config, attn_implementation=row.reference)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_floating_point():
+                continue
+            if parameter.ndim > 1:
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
+            else:
+                parameter += torch.randn_like(parameter) / 10
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                module.weight.normal_()
+    return model.float().eval()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One method of a model and its arguments."""
+
+    method: str
+    arguments: dict[str, Any]
+
+    def run(self, model: Any) -> Any:
+        return getattr(model, self.method)(**self.arguments)
+
+
+# Methods that run a part of the model which `forward` may not reach without images or sound.
+TOWERS = ("get_image_features", "get_audio_features")
+
+
+def calls_of(model: Any, row: Row) -> list[Call]:
+    """What the row calls: `forward`, and each tower that has a method of its own."""
+    if row.inputs is None:
+        arguments = inputs_by_name(model)
+    else:
+        arguments = row.inputs(model)
+    if row.more is not None:
+        arguments = {**arguments, **row.more(model)}
+    calls = [Call("forward", arguments)]
+    for method in dict.fromkeys((*TOWERS, *row.calls)):
+        if method in row.calls:
+            make = row.calls[method]
+            if make is not None:
+                calls.append(Call(method, make(model)))
+        elif hasattr(model, method):
+            calls.append(Call(method, inputs_by_name(model, method)))
+    return calls
+
+
+def padded(model: Any, call: Call, padding: str) -> Call | None:
+    """The same call with padding, if the model takes tokens and a mask of them."""
+    parameters = inspect.signature(type(model).forward).parameters
+    ids = call.arguments.get("input_ids")
+    if call.method != "forward" or ids is None or ids.ndim != 2 or ids.shape[0] != BATCH:
+        return None
+    if "attention_mask" not in parameters or "attention_mask" in call.arguments:
+        return None
+    mask = token_mask(padding, ids.shape[1])
+    return Call("forward", {**call.arguments, "attention_mask": mask})
+
+
+def tensors_of(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of floating point numbers within a model's output, by their places."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield path, output
+    elif isinstance(output, Mapping):
+        for name, value in output.items():
+            yield from tensors_of(value, f"{path}.{name}")
+    elif isinstance(output, tuple | list):
+        for index, value in enumerate(output):
+            yield from tensors_of(value, f"{path}[{index}]")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a call gives: its outputs, and the gradients of a random projection of them."""
+
+    outputs: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+def step(model: Any, call: Call) -> Step:
+    """One forward and backward pass; of padded tokens nothing is looked at."""
+    model.zero_grad()
+    outputs = dict(tensors_of(call.run(model)))
+    mask = call.arguments.get("attention_mask")
+    if mask is not None and mask.ndim == 2:
+        real = mask.bool()
+        outputs = {
+            name: x[real] for name, x in outputs.items() if x.shape[: real.ndim] == real.shape
+        }
+    outputs = {name: x for name, x in outputs.items() if x.numel()}
+    assert outputs, "the model gives no output that can be compared"
+    generator = torch.Generator().manual_seed(2)
+    total = torch.zeros(())
+    for x in outputs.values():
+        if x.requires_grad:
+            weights = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x.dtype)
+            total = total + (x.nan_to_num(0.0, 0.0, 0.0) * weights).sum() / x.numel() ** 0.5
+    if total.requires_grad:
+        total.backward()
+    return Step(
+        {name: x.detach().clone() for name, x in outputs.items()},
+        {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+    )
+
+
+@dataclass
+class Served:
+    """How many calls of each attention class an engine computed."""
+
+    classes: Counter[str] = field(default_factory=Counter)
+
+
+@contextmanager
+def tiled_and_counted(model: Any) -> Iterator[Served]:
+    """Every call that an engine serves goes to the tiled one, and is counted for its class."""
+    served, within = Served(), []
+    run = dispatch.run
+    handles = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        within.append(module)
+
+    def leave(*_: Any) -> None:
+        within.pop()
+
+    for module in model.modules():
+        if "_flashpatch" in vars(module):
+            handles += [
+                module.register_forward_pre_hook(enter),
+                module.register_forward_hook(leave, always_call=True),
+            ]
+
+    def counted(q: Any, k: Any, v: Any, options: Any, engine: str) -> Any:
+        assert engine == TILED.name
+        served.classes[type(within[-1]).__name__ if within else "?"] += 1
+        return run(q, k, v, options, engine)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dispatch, "run", counted)
+        patched.setattr(dispatch, "choose", lambda call: TILED)
+        try:
+            yield served
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def distance(a: Tensor, b: Tensor, least: float) -> float:
+    """The largest difference, relative to the largest value, taken to be no less than `least`."""
+    assert a.shape == b.shape
+    finite = b.isfinite()
+    assert torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num())
+    if not finite.any():
+        return 0.0
+    size = float(b[finite].abs().max())
+    return float((a - b)[finite].abs().max()) / max(size, least)
+
+
+def largest_distances(ours: Step, theirs: Step) -> tuple[float, float]:
+    """Of the outputs, and of the gradients."""
+    assert ours.outputs.keys() == theirs.outputs.keys()
+    assert ours.gradients.keys() == theirs.gradients.keys()
+    outputs = max(distance(ours.outputs[n], x, 1e-3) for n, x in theirs.outputs.items())
+    # some gradients are zero but for rounding, such as that of the bias of the keys
+    sizes = [float(g.abs().max()) for g in theirs.gradients.values()]
+    least = max(sizes, default=0.0) / 100
+    gradients = (distance(ours.gradients[n], g, least) for n, g in theirs.gradients.items())
+    return outputs, max(gradients, default=0.0)
+
+
+def generated(model: Any, call: Call) -> Tensor | None:
+    """The tokens of greedy generation with a cache; None where the class cannot."""
+    if not model.can_generate() or call.method != "forward":
+        return None
+    arguments = {n: x for n, x in call.arguments.items() if not n.startswith("decoder_")}
+    return model.generate(**arguments, do_sample=False, min_new_tokens=4, max_new_tokens=4)

@@ -1,0 +1,5 @@
+"""Speech, music and what listens."""
+
+from matrix.row import Row
+
+ROWS: dict[str, Row] = {}

@@ -1,0 +1,12 @@
+"""All rows of the matrix, by model type."""
+
+from matrix.row import Row
+from matrix.rows import audio, multimodal, other, text, vision
+
+ROWS: dict[str, Row] = {
+    **audio.ROWS,
+    **multimodal.ROWS,
+    **other.ROWS,
+    **text.ROWS,
+    **vision.ROWS,
+}
