@@ -294,8 +294,9 @@ class _Heads:
         tanh = None
         if self.softcap is not None:
             tanh = self.buffer("tanh", S.shape)
-            torch.mul(S, 1 / (self.softcap * self.unit.per_one), out=tanh).tanh_()
-            torch.mul(tanh, self.softcap * self.unit.per_one, out=S)
+            cap = self.softcap * self.unit.per_one
+            torch.mul(S, 1 / cap, out=tanh).tanh_()
+            torch.mul(tanh, cap, out=S)
         by_head = self.by_head(S)
         if self.table is not None:
             by_head.add_(self._diagonals(self.table, rows, j0, j1))
