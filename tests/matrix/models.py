@@ -251,4 +251,6 @@ def generated(model: Any, call: Call) -> Tensor | None:
     if not model.can_generate() or call.method != "forward":
         return None
     arguments = {n: x for n, x in call.arguments.items() if not n.startswith("decoder_")}
+    if getattr(model.config, "is_encoder_decoder", False):
+        arguments["decoder_start_token_id"] = 1
     return model.generate(**arguments, do_sample=False, min_new_tokens=4, max_new_tokens=4)
