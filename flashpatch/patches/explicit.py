@@ -156,7 +156,15 @@ def _reading(module: nn.Module) -> Any:
 
 def _register(name: str, *, keyed: bool) -> None:
     owner = name if name.startswith("torch.") else f"transformers.models.{name}"
-    register(Patch(owner, keyed=keyed, swaps={"forward": _reading}, needs_key=False))
+    register(
+        Patch(
+            owner,
+            keyed=keyed,
+            swaps={"forward": _reading},
+            adds_mask=keyed,
+            needs_key=False,
+        )
+    )
 
 
 for _name in KEYED:

@@ -415,9 +415,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "Phi4MultimodalVisionAttention",
     ),
     "phimoe.modeling_phimoe": ("PhimoeAttention",),
-    "pix2struct.modeling_pix2struct": (
-        "Pix2StructVisionAttention",
-    ),
+    "pix2struct.modeling_pix2struct": ("Pix2StructVisionAttention",),
     "pixio.modeling_pixio": ("PixioAttention",),
     "pixtral.modeling_pixtral": ("PixtralAttention",),
     "plbart.modeling_plbart": ("PLBartAttention",),
