@@ -367,9 +367,7 @@ def of_heights_and_widths(q: Tensor) -> tuple[Tensor, Tensor]:
     return rel_h[..., None], rel_w[..., None, :]
 
 
-def with_a_bias_in_the_shape_of_the_scores(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor
-) -> Tensor:
+def with_a_bias_in_the_shape_of_the_scores(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     q, k, v = (x.reshape(B * H, -1, D) for x in (q, k, v))
     scores = (q * 0.3) @ k.transpose(-2, -1)
     rel_h, rel_w = of_heights_and_widths(q)
