@@ -76,7 +76,7 @@ def build(model_type: str, row: Row) -> Any:
     model = cls._from_config(config, attn_implementation=row.reference)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.is_floating_point():
+            if not parameter.is_floating_point() or not parameter.numel():
                 continue
             if parameter.ndim > 1:
                 parameter.normal_(0, parameter[0].numel() ** -0.5)
