@@ -180,7 +180,11 @@ def step(model: Any, call: Call) -> Step:
         total.backward()
     return Step(
         {name: x.detach().clone() for name, x in outputs.items()},
-        {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+        {
+            n: p.grad.clone()
+            for n, p in model.named_parameters()
+            if p.grad is not None and p.numel()
+        },
     )
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from matrix.inputs import BATCH, draw, look, side, tokens
+from matrix.inputs import BATCH, draw, look, side
 from matrix.row import Row
 from torch import Tensor
 
@@ -48,6 +48,7 @@ SWIN_OF_FOUR = {
 FOUR_LAYERS = {
     "num_hidden_layers": 4,
     "out_features": STAGES,
+    "reshape_hidden_states": False,
 }
 # What makes a detector of feature maps at three scales.
 SCALES = {
@@ -93,17 +94,24 @@ def pairs(model: Any) -> dict[str, Tensor]:
 ROWS: dict[str, Row] = {
     "chmv2": Row(
         config={
-            "backbone_config": {**FOUR_LAYERS, "return_class_token": True, "out_features": STAGES},
+            "backbone_config": {**FOUR_LAYERS, "reshape_hidden_states": True},
             "fusion_hidden_size": 16,
             "head_hidden_size": 16,
             "number_output_channels": 16,
             "post_process_channels": [8, 8, 8, 8],
         },
     ),
-    "conditional_detr": Row(config={"backbone_config": RESNET, "num_queries": 10}, more=images_in_a_frame()),
+    "conditional_detr": Row(
+        config={"backbone_config": RESNET, "num_queries": 10}, more=images_in_a_frame()
+    ),
     "d_fine": Row(config={**SCALES, "backbone_config": HGNET}, more=images()),
-    "dab-detr": Row(config={"backbone_config": RESNET, "num_queries": 10}, more=images_in_a_frame()),
-    "deformable_detr": Row(config={"backbone_config": RESNET, "num_queries": 10}, more=images_in_a_frame()),
+    "dab-detr": Row(
+        config={"backbone_config": RESNET, "num_queries": 10}, more=images_in_a_frame()
+    ),
+    "deformable_detr": Row(
+        config={"backbone_config": RESNET, "d_model": 64, "num_queries": 10},
+        more=images_in_a_frame(),
+    ),
     "deimv2": Row(config={**SCALES, "backbone_config": HGNET}, more=images()),
     "depth_anything": Row(
         config={
@@ -116,11 +124,36 @@ ROWS: dict[str, Row] = {
     "detr": Row(config={"backbone_config": RESNET, "num_queries": 10}, more=images_in_a_frame()),
     "donut-swin": Row(config=SWIN),
     "glpn": Row(more=images(64, 64)),
-    "grounding-dino": Row(reference={"": "eager", "text_config": "sdpa"}, config={"backbone_config": SWIN_OF_FOUR, "num_queries": 10}, more=images_in_a_frame()),
-    "mask2former": Row(config={"backbone_config": SWIN_OF_FOUR}, more=images_in_a_frame()),
-    "maskformer": Row(config={"backbone_config": SWIN_OF_FOUR}, more=images_in_a_frame()),
+    "grounding-dino": Row(
+        config={
+            "backbone_config": SWIN_OF_FOUR,
+            "num_queries": 10,
+        },
+        more=images_in_a_frame(),
+        reference={"": "eager", "text_config": "sdpa"},
+        because="eager BERT adds the boolean mask of phrases to the scores as zeros and ones",
+    ),
+    "mask2former": Row(
+        config={"backbone_config": SWIN_OF_FOUR, "feature_size": 32}, more=images_in_a_frame()
+    ),
+    "maskformer": Row(
+        config={
+            "backbone_config": SWIN_OF_FOUR,
+            "fpn_feature_size": 32,
+            "decoder_config": {"num_queries": 10, "backbone_config": None},
+        },
+        more=images_in_a_frame(),
+    ),
     "maskformer-swin": Row(config=SWIN),
-    "mm-grounding-dino": Row(config={"backbone_config": SWIN_OF_FOUR, "num_queries": 10}, more=images_in_a_frame()),
+    "mm-grounding-dino": Row(
+        config={
+            "backbone_config": SWIN_OF_FOUR,
+            "num_queries": 10,
+        },
+        more=images_in_a_frame(),
+        reference={"": "eager", "text_config": "sdpa"},
+        because="eager BERT adds the boolean mask of phrases to the scores as zeros and ones",
+    ),
     "pp_doclayout_v2": Row(config={**SCALES, "backbone_config": HGNET}, more=images()),
     "pp_doclayout_v3": Row(config={**SCALES, "backbone_config": HGNET}, more=images()),
     "pp_doclayout_v4": Row(config={**SCALES, "backbone_config": HGNET}, more=images()),
@@ -132,13 +165,21 @@ ROWS: dict[str, Row] = {
             "reassemble_hidden_size": 32,
         },
     ),
-    "rt_detr": Row(config={**SCALES, "backbone_config": {**RESNET, "model_type": "rt_detr_resnet"}}, more=images()),
-    "rt_detr_v2": Row(config={**SCALES, "backbone_config": {**RESNET, "model_type": "rt_detr_resnet"}}, more=images()),
+    "rt_detr": Row(
+        config={**SCALES, "backbone_config": {**RESNET, "model_type": "rt_detr_resnet"}},
+        more=images(),
+    ),
+    "rt_detr_v2": Row(
+        config={**SCALES, "backbone_config": {**RESNET, "model_type": "rt_detr_resnet"}},
+        more=images(),
+    ),
     "segformer": Row(more=images(64, 64)),
     "swin": Row(config=SWIN),
     "swin2sr": Row(config={**SWIN, "image_size": 8}),
     "swinv2": Row(config=SWIN),
-    "table-transformer": Row(config={"backbone_config": RESNET, "num_queries": 10}, more=images_in_a_frame()),
+    "table-transformer": Row(
+        config={"backbone_config": RESNET, "num_queries": 10}, more=images_in_a_frame()
+    ),
     "timesformer": Row(more=frames),
     "tipsv2_dpt": Row(
         config={
@@ -147,7 +188,13 @@ ROWS: dict[str, Row] = {
             "neck_hidden_sizes": [8, 8, 8, 8],
         },
     ),
-    "upernet": Row(config={"backbone_config": {**SWIN_OF_FOUR, "model_type": "swin"}, "hidden_size": 16, "auxiliary_channels": 16}),
+    "upernet": Row(
+        config={
+            "backbone_config": {**SWIN_OF_FOUR, "model_type": "swin"},
+            "hidden_size": 16,
+            "auxiliary_channels": 16,
+        }
+    ),
     "videomae": Row(config={"num_frames": 4}, more=frames),
     "vivit": Row(config={"num_frames": 4, "image_size": 32}, more=frames),
     "zoedepth": Row(
