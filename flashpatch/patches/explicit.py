@@ -125,15 +125,19 @@ CLASSES = (
 ALWAYS_ASKED = (
     "dab_detr.modeling_dab_detr.DabDetrAttention",
     "grounding_dino.modeling_grounding_dino.GroundingDinoMultiheadAttention",
+    "mask2former.modeling_mask2former.Mask2FormerAttention",
     "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoMultiheadAttention",
+    "oneformer.modeling_oneformer.OneFormerAttention",
 )
 # The classes around them that return the weights only to who wants them.
 HOLDERS = (
     "dab_detr.modeling_dab_detr.DabDetrDecoderLayer",
     "grounding_dino.modeling_grounding_dino.GroundingDinoDecoderLayer",
     "grounding_dino.modeling_grounding_dino.GroundingDinoEncoder",
+    "mask2former.modeling_mask2former.Mask2FormerMaskedAttentionDecoderLayer",
     "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoDecoderLayer",
     "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoEncoder",
+    "oneformer.modeling_oneformer.OneFormerTransformerDecoderLayer",
 )
 
 # What a call may ask for that only the original gives.
