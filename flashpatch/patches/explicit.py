@@ -36,7 +36,7 @@ KEYED = (
 CLASSES = (
     "bark.modeling_bark.BarkSelfAttention",
     "blip.modeling_blip.BlipAttention",
-    "blip_text.modeling_blip_text.BlipTextSelfAttention",
+    "blip.modeling_blip_text.BlipTextSelfAttention",
     "bros.modeling_bros.BrosSelfAttention",
     "canine.modeling_canine.CanineSelfAttention",
     "clap.modeling_clap.ClapAudioSelfAttention",
@@ -49,7 +49,7 @@ CLASSES = (
     "data2vec.modeling_data2vec_vision.Data2VecVisionSelfAttention",
     "deepseek_ocr2.modeling_deepseek_ocr2.DeepseekOcr2SamVisionAttention",
     "deepseek_ocr2.modeling_deepseek_ocr2.DeepseekOcr2SamVisionSdpaAttention",
-    "donut_swin.modeling_donut_swin.DonutSwinSelfAttention",
+    "donut.modeling_donut_swin.DonutSwinSelfAttention",
     "evolla.modeling_evolla.EvollaSequenceAlignerCrossAttention",
     "evolla.modeling_evolla.EvollaSequenceCompressorAttention",
     "falcon.modeling_falcon.FalconAttention",
@@ -64,7 +64,6 @@ CLASSES = (
     "got_ocr2.modeling_got_ocr2.GotOcr2VisionAttention",
     "granite_speech.modeling_granite_speech.GraniteSpeechConformerAttention",
     "granite_speech_plus.modeling_granite_speech_plus.GraniteSpeechPlusConformerAttention",
-    "grounding_dino.modeling_grounding_dino.GroundingDinoBiMultiHeadAttention",
     "grounding_dino.modeling_grounding_dino.GroundingDinoMultiheadAttention",
     "groupvit.modeling_groupvit.GroupViTAttention",
     "hiera.modeling_hiera.HieraMaskUnitAttention",
@@ -78,9 +77,8 @@ CLASSES = (
     "lilt.modeling_lilt.LiltSelfAttention",
     "lxmert.modeling_lxmert.LxmertAttention",
     "mask2former.modeling_mask2former.Mask2FormerAttention",
-    "maskformer_swin.modeling_maskformer_swin.MaskFormerSwinSelfAttention",
+    "maskformer.modeling_maskformer_swin.MaskFormerSwinSelfAttention",
     "mgp_str.modeling_mgp_str.MgpstrAttention",
-    "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoBiMultiHeadAttention",
     "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoMultiheadAttention",
     "mobilevit.modeling_mobilevit.MobileViTSelfAttention",
     "mpt.modeling_mpt.MptAttention",
@@ -123,6 +121,21 @@ CLASSES = (
     "torch.nn.modules.activation.MultiheadAttention",
 )
 
+# Of these, those that are asked for the weights in every call, whether anybody wants them or not.
+ALWAYS_ASKED = (
+    "dab_detr.modeling_dab_detr.DabDetrAttention",
+    "grounding_dino.modeling_grounding_dino.GroundingDinoMultiheadAttention",
+    "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoMultiheadAttention",
+)
+# The classes around them that return the weights only to who wants them.
+HOLDERS = (
+    "dab_detr.modeling_dab_detr.DabDetrDecoderLayer",
+    "grounding_dino.modeling_grounding_dino.GroundingDinoDecoderLayer",
+    "grounding_dino.modeling_grounding_dino.GroundingDinoEncoder",
+    "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoDecoderLayer",
+    "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoEncoder",
+)
+
 # What a call may ask for that only the original gives.
 ASKED = ("output_attentions", "head_mask", "layer_head_mask")
 
@@ -130,11 +143,12 @@ ASKED = ("output_attentions", "head_mask", "layer_head_mask")
 Places = tuple[tuple[str, int], ...]
 
 
-def forward(places: Places, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def forward(places: Places, holds: bool, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The class's own `forward`, its attention computed by an engine.
 
     Args:
         places: Those of `ASKED` among its arguments, and where.
+        holds: Whether the weights are returned as a product, computed only if they are wanted.
         module: The attention module.
         args: The class's own.
         kwargs: The class's own.
@@ -143,16 +157,24 @@ def forward(places: Places, module: nn.Module, *args: Any, **kwargs: Any) -> Any
     cls: Any = type(module)
     asked = {name: args[at] for name, at in places if at < len(args)}
     asked |= {name: kwargs[name] for name in ASKED if name in kwargs}
+    if holds:
+        asked.pop("output_attentions", None)
     blocked = why_blocked(module, settings, asked)
     with Reading(settings, blocked):
         out = cls.forward(module, *args, **kwargs)
-    return released(out, weights=blocked is not None)
+    return out if holds and blocked is None else released(out, weights=blocked is not None)
 
 
-def _reading(module: nn.Module) -> Any:
+def hold(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The class's own `forward`: what weights it returns are wanted."""
+    cls: Any = type(module)
+    return released(cls.forward(module, *args, **kwargs), weights=True)
+
+
+def _reading(holds: bool, module: nn.Module) -> Any:
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     places = tuple((name, names.index(name)) for name in ASKED if name in names)
-    return partial(forward, places, module)
+    return partial(forward, places, holds, module)
 
 
 def _register(name: str, *, keyed: bool) -> None:
@@ -161,7 +183,7 @@ def _register(name: str, *, keyed: bool) -> None:
         Patch(
             owner,
             keyed=keyed,
-            swaps={"forward": _reading},
+            swaps={"forward": partial(_reading, name in ALWAYS_ASKED)},
             adds_mask=keyed,
             needs_key=False,
         )
@@ -172,3 +194,12 @@ for _name in KEYED:
     _register(_name, keyed=True)
 for _name in CLASSES:
     _register(_name, keyed=False)
+for _name in HOLDERS:
+    register(
+        Patch(
+            f"transformers.models.{_name}",
+            keyed=False,
+            swaps={"forward": lambda module: partial(hold, module)},
+            attends=False,
+        )
+    )
