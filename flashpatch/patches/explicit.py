@@ -19,9 +19,10 @@ from flashpatch.registry import Patch, register
 KEYED: tuple[str, ...] = ()
 # Classes that slice or invert it first, or whose masks are their own model's.
 CLASSES = (
+    "aimv2.modeling_aimv2.Aimv2AttentionPoolingHead",
     "bark.modeling_bark.BarkSelfAttention",
     "blip.modeling_blip.BlipAttention",
-    "blip_text.modeling_blip_text.BlipTextSelfAttention",
+    "blip.modeling_blip_text.BlipTextSelfAttention",
     "bros.modeling_bros.BrosSelfAttention",
     "canine.modeling_canine.CanineSelfAttention",
     "clap.modeling_clap.ClapAudioSelfAttention",

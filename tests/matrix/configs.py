@@ -103,8 +103,9 @@ def small_values(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _heads_in_pairs(config: Any, values: dict[str, Any]) -> None:
     """As many heads of keys as of queries, where that is so by default."""
-    heads = getattr(config, "num_attention_heads", None)
-    if heads == getattr(config, "num_key_value_heads", 0) and "num_attention_heads" in values:
+    given = vars(config)  # a layer's own number is no attribute of the whole
+    heads = given.get("num_attention_heads")
+    if heads == given.get("num_key_value_heads", 0) and "num_attention_heads" in values:
         values["num_key_value_heads"] = values["num_attention_heads"]
 
 

@@ -147,6 +147,18 @@ def tensors_of(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from tensors_of(value, f"{path}[{index}]")
 
 
+def of_real_tokens(outputs: Mapping[str, Tensor], real: Tensor) -> dict[str, Tensor]:
+    """Of the outputs that have a value for each token, those that `real`, bool [B, N], names."""
+    found = {}
+    for name, x in outputs.items():
+        ahead = x.shape[1] - real.shape[1] if x.ndim > 1 else 0
+        if name in (".logits", ".last_hidden_state") and ahead > 0:  # those of an image
+            found[name] = x[torch.nn.functional.pad(real, (ahead, 0), value=True)]
+        elif x.shape[: real.ndim] == real.shape:
+            found[name] = x[real]
+    return found
+
+
 @dataclass(frozen=True)
 class Step:
     """What a call gives: its outputs, and the gradients of a random projection of them."""
@@ -161,11 +173,9 @@ def step(model: Any, call: Call) -> Step:
     outputs = dict(tensors_of(call.run(model)))
     mask = call.arguments.get("attention_mask")
     if mask is not None and mask.ndim == 2:
-        real = mask.bool()
-        outputs = {
-            name: x[real] for name, x in outputs.items() if x.shape[: real.ndim] == real.shape
-        }
-    outputs = {name: x for name, x in outputs.items() if x.numel()}
+        outputs = of_real_tokens(outputs, mask.bool())
+    # attention weights that nobody asked for are not returned by all engines
+    outputs = {name: x for name, x in outputs.items() if x.numel() and ".attentions" not in name}
     assert outputs, "the model gives no output that can be compared"
     generator = torch.Generator().manual_seed(2)
     total = torch.zeros(())
@@ -250,5 +260,9 @@ def generated(model: Any, call: Call) -> Tensor | None:
     """The tokens of greedy generation with a cache; None where the class cannot."""
     if not model.can_generate() or call.method != "forward":
         return None
-    arguments = {n: x for n, x in call.arguments.items() if not n.startswith("decoder_")}
+    arguments = {
+        n: x.clone() if isinstance(x, Tensor) else x  # some write into their inputs
+        for n, x in call.arguments.items()
+        if not n.startswith("decoder_")
+    }
     return model.generate(**arguments, do_sample=False, min_new_tokens=4, max_new_tokens=4)
