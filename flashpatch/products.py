@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode, handle_torch_function
 from torch.utils._pytree import tree_map
 
@@ -342,7 +343,7 @@ class Reading(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        name = _NAMES.get(func) or _name_of(func)
+        name = _NAMES.get(func, "")
         begin = BEGINNINGS.get(name)
         if begin is not None:
             result = begin(self, func, args, kwargs)
@@ -407,18 +408,6 @@ def _as_numbers(mask: Any, scores: Any) -> Any:
     return expand(mask, *scores.shape[-2:], scores, causal=False, additive=True)
 
 
-@cache
-def _name_of(func: Any) -> str:
-    name = getattr(func, "__name__", "")
-    if name.startswith("__") and name.endswith("__"):
-        return name.strip("_")
-    return name
-
-
-_NAMES: dict[Any, str] = {
-    getattr(torch.Tensor, f"__{name}__"): name
-    for name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "rmatmul")
-}
 _ADDITIONS = frozenset(
     (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__)
 )
@@ -764,3 +753,21 @@ STEPS: dict[str, Callable[..., Any]] = {
 }
 # What may be returned beside the output, and is computed only if it is looked at.
 DEFERRED = ("mean", "sum")
+
+
+def _named() -> dict[Any, str]:
+    """The functions of PyTorch that mean something here -> what they are called in the tables."""
+    names = {*BEGINNINGS, *STEPS, *CONSTANTS, *DEFERRED}
+    homes = (torch, torch.Tensor, functional)
+    spelt = {f"{before}{name}{after}": name for name in names for before, after in _SPELLINGS}
+    return {
+        getattr(home, written): f"{name}_" if written.endswith(f"{name}_") else name
+        for written, name in spelt.items()
+        for home in homes
+        if callable(getattr(home, written, None))
+    }
+
+
+# As a function, in place, as an operator.
+_SPELLINGS = (("", ""), ("", "_"), ("__", "__"))
+_NAMES = _named()

@@ -5,7 +5,7 @@ see `flashpatch.products`. A row is a class, and whether its model's masks may b
 """
 
 import inspect
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -123,32 +123,41 @@ CLASSES = (
     "torch.nn.modules.activation.MultiheadAttention",
 )
 
-_ASKED = ("output_attentions", "head_mask", "layer_head_mask")
+# What a call may ask for that only the original gives.
+ASKED = ("output_attentions", "head_mask", "layer_head_mask")
 
 
-@cache
-def _places(cls: Any) -> dict[str, int]:
-    """Which of the arguments of a class's forward are those that may refuse a call."""
-    names = list(inspect.signature(cls.forward).parameters)[1:]
-    return {name: names.index(name) for name in _ASKED if name in names}
+Places = tuple[tuple[str, int], ...]
 
 
-def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The class's own `forward`, its attention computed by an engine."""
+def forward(places: Places, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The class's own `forward`, its attention computed by an engine.
+
+    Args:
+        places: Those of `ASKED` among its arguments, and where.
+        module: The attention module.
+        args: The class's own.
+        kwargs: The class's own.
+    """
     settings: Settings = getattr(module, "_flashpatch", DEFAULT)
     cls: Any = type(module)
-    asked = {name: args[at] for name, at in _places(cls).items() if at < len(args)}
-    asked |= {name: kwargs[name] for name in _ASKED if name in kwargs}
+    asked = {name: args[at] for name, at in places if at < len(args)}
+    asked |= {name: kwargs[name] for name in ASKED if name in kwargs}
     blocked = why_blocked(module, settings, asked)
     with Reading(settings, blocked):
         out = cls.forward(module, *args, **kwargs)
     return released(out, weights=blocked is not None)
 
 
+def _reading(module: nn.Module) -> Any:
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    places = tuple((name, names.index(name)) for name in ASKED if name in names)
+    return partial(forward, places, module)
+
+
 def _register(name: str, *, keyed: bool) -> None:
     owner = name if name.startswith("torch.") else f"transformers.models.{name}"
-    swaps = {"forward": lambda module: partial(forward, module)}
-    register(Patch(owner, keyed=keyed, swaps=swaps, needs_key=False))
+    register(Patch(owner, keyed=keyed, swaps={"forward": _reading}, needs_key=False))
 
 
 for _name in KEYED:

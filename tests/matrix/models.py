@@ -47,7 +47,7 @@ def model_class(config: Any) -> type[PreTrainedModel]:
         names = (MAPPINGS[1], *MAPPINGS)
     for name in names:
         mapping = getattr(modeling_auto, name, {})
-        found = mapping[type(config)] if type(config) in mapping.keys() else None
+        found = mapping.get(type(config), None)
         if found is not None:
             return found[0] if isinstance(found, tuple) else found
     module = importlib.import_module(
