@@ -47,6 +47,10 @@ NUMBER_BLOCKS_IN_RUNS = frozenset(
     )
 )
 
+# Models whose attention says that it is causal and, as they run on eager attention alone, is not
+# where it is given no mask: the images that bridgetower shows to its text.
+NONE_IS_NO_MASK = frozenset(("bridgetower", "bridgetower_text_model"))
+
 
 def fpatch_mask(
     batch_size: int,
@@ -92,6 +96,7 @@ def fpatch_mask(
             return None
         if (
             allow_is_causal_skip
+            and getattr(config, "model_type", None) not in NONE_IS_NO_MASK
             and not local
             and _none_is_causal(q_length, kv_length, q_offset, kv_offset)
         ):

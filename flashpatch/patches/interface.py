@@ -27,6 +27,7 @@ from flashpatch.dispatch import (
     unknown_argument,
 )
 from flashpatch.masks import (
+    NONE_IS_NO_MASK,
     expand,
     fpatch_mask,
     read_once,
@@ -48,6 +49,7 @@ HARMLESS = frozenset(
     (
         "cu_seq_lens_k",
         "deterministic",
+        "grid_thw",
         "logits_to_keep",
         "max_length_k",
         "max_length_q",
@@ -109,6 +111,8 @@ def is_causal(
     Source: transformers, `sdpa_attention_forward`: the argument, else the module, else True; never
     beside a mask or for a single query.
     """
+    if getattr(getattr(module, "config", None), "model_type", None) in NONE_IS_NO_MASK:
+        return False
     causal = getattr(module, "is_causal", True) if stated is None else stated
     return bool(causal) and attention_mask is None and n > 1
 

@@ -85,6 +85,8 @@ def small_list(name: str, value: list[int]) -> list[int]:
 def small_values(config: PreTrainedConfig) -> dict[str, Any]:
     """What of a config, and of those within it, is to be smaller: as its constructor takes it."""
     values: dict[str, Any] = {}
+    # of layers that differ the defaults' sizes are read, whatever single layers say
+    config.allow_global_per_layer_attribute_access = True
     declared = type(config).sub_configs
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
@@ -103,9 +105,8 @@ def small_values(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _heads_in_pairs(config: Any, values: dict[str, Any]) -> None:
     """As many heads of keys as of queries, where that is so by default."""
-    given = vars(config)  # a layer's own number is no attribute of the whole
-    heads = given.get("num_attention_heads")
-    if heads == given.get("num_key_value_heads", 0) and "num_attention_heads" in values:
+    heads = getattr(config, "num_attention_heads", None)
+    if heads == getattr(config, "num_key_value_heads", 0) and "num_attention_heads" in values:
         values["num_key_value_heads"] = values["num_attention_heads"]
 
 
@@ -114,9 +115,12 @@ def _kinds_of_layers(config: Any, values: dict[str, Any]) -> None:
     kinds = getattr(config, "layer_types", None)
     if not isinstance(kinds, list | tuple) or "num_hidden_layers" not in values:
         return
+    name = type(config).attribute_map.get("layer_types", "layer_types")
+    if isinstance(getattr(type(config), name, None), property):
+        return
     distinct = list(dict.fromkeys(kinds))
     if len(distinct) > 1:
-        values["layer_types"] = distinct
+        values[name] = distinct
         values["num_hidden_layers"] = len(distinct)
 
 

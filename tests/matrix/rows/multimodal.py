@@ -127,8 +127,13 @@ ROWS: dict[str, Row] = {
         },
     ),
     "colpali": Row(
-        config={"vlm_config": {"image_token_index": IMAGE}},
+        config={
+            "vlm_config": {"image_token_index": IMAGE, "text_config": {"num_key_value_heads": 4}}
+        },
         more=with_image(9),
+        reference="sdpa",
+        because="Its attention is bidirectional. Eager attention is given a causal mask nevertheless "
+        "where no token types are passed.",
     ),
     "colqwen2": Row(config={"vlm_config": {"image_token_id": IMAGE, "text_config": IN_THREE_AXES}}, inputs=with_square_grids),
     "deepseek_vl": Row(config={"image_token_id": IMAGE}, more=with_image(16)),
