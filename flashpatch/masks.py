@@ -51,6 +51,10 @@ NUMBER_BLOCKS_IN_RUNS = frozenset(
 # where it is given no mask: the images that bridgetower shows to its text.
 NONE_IS_NO_MASK = frozenset(("bridgetower", "bridgetower_text_model"))
 
+# Models whose last layers, where they share the keys of others, are given the last queries alone
+# and what was the mask of all, sliced as a dense one is.
+DROP_QUERIES = frozenset(("gemma4_text", "gemma4_unified_text"))
+
 
 def fpatch_mask(
     batch_size: int,
@@ -90,13 +94,32 @@ def fpatch_mask(
         None (causal or no mask, as the module says), int32 as `unpack` reads it, or bool
         [B, 1, N, M].
     """
+    model_type = getattr(config, "model_type", None)
+    sharing = config.num_kv_shared_layers if model_type in DROP_QUERIES else 0
+    if sharing and sharing == config.num_hidden_layers:  # an assistant, which flips its masks
+        return masking_utils.sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,  # type: ignore[arg-type]
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+            use_vmap=use_vmap,
+            device=device,
+            **kwargs,
+        )
     if attention_mask is None:
         local = local_size is not None and kv_length >= local_size
         if allow_is_bidirectional_skip and not local:
             return None
         if (
             allow_is_causal_skip
-            and getattr(config, "model_type", None) not in NONE_IS_NO_MASK
+            and model_type not in NONE_IS_NO_MASK
+            and not (sharing and q_length > 1)
             and not local
             and _none_is_causal(q_length, kv_length, q_offset, kv_offset)
         ):
@@ -111,7 +134,7 @@ def fpatch_mask(
         mask_function,
         attention_mask,
         sole_author=not use_vmap,
-        model_type=getattr(config, "model_type", None),
+        model_type=model_type,
     )
     if mask is not None:
         return pack(mask)
@@ -235,6 +258,19 @@ def unpack(tensor: Tensor, n_queries: int, n_keys: int) -> Mask:
     raise ValueError(
         f"a mask of shape {list(tensor.shape)} is not for {n_queries} queries and {n_keys} keys"
     )
+
+
+def of_last_queries(tensor: Tensor | None, n_queries: int, n_keys: int) -> Tensor | None:
+    """The mask of a model's last queries, from one that `pack` made for all of them.
+
+    Sliced in its third dimension as a dense mask is, one with runs has remained whole.
+    """
+    if tensor is None or tensor.dtype != torch.int32 or tensor.shape[2] > 1:
+        return tensor
+    given = (tensor.shape[3] - n_keys) // 2
+    if given <= n_queries:
+        return tensor
+    return tensor[..., 2 * (given - n_queries) :]
 
 
 def read_once(tensor: Tensor, n_queries: int, n_keys: int) -> Mask:

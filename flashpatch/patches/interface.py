@@ -27,9 +27,11 @@ from flashpatch.dispatch import (
     unknown_argument,
 )
 from flashpatch.masks import (
+    DROP_QUERIES,
     NONE_IS_NO_MASK,
     expand,
     fpatch_mask,
+    of_last_queries,
     read_once,
     separate,
     unpack,
@@ -87,6 +89,8 @@ def fpatch_attention(
         The output [B, N, H, Dv], and the attention weights where the original computes them.
     """
     settings: Settings = getattr(module, "_flashpatch", DEFAULT)
+    if model_type(module) in DROP_QUERIES:
+        attention_mask = of_last_queries(attention_mask, query.shape[2], key.shape[2])
     causal = is_causal(module, query.shape[2], attention_mask, kwargs.get("is_causal"))
 
     def original() -> tuple[Tensor, Tensor | None]:
@@ -103,6 +107,11 @@ def fpatch_attention(
     return out if isinstance(out, tuple) else (out.transpose(1, 2), None)
 
 
+def model_type(module: nn.Module) -> str | None:
+    """That of the config which an attention module holds."""
+    return getattr(getattr(module, "config", None), "model_type", None)
+
+
 def is_causal(
     module: nn.Module, n: int, attention_mask: Tensor | None, stated: bool | None = None
 ) -> bool:
@@ -111,7 +120,7 @@ def is_causal(
     Source: transformers, `sdpa_attention_forward`: the argument, else the module, else True; never
     beside a mask or for a single query.
     """
-    if getattr(getattr(module, "config", None), "model_type", None) in NONE_IS_NO_MASK:
+    if model_type(module) in NONE_IS_NO_MASK:
         return False
     causal = getattr(module, "is_causal", True) if stated is None else stated
     return bool(causal) and attention_mask is None and n > 1

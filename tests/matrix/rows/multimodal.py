@@ -30,12 +30,86 @@ def with_square_grids(model: Any) -> dict[str, Any]:
     return {"input_ids": around_image(4), "pixel_values": patches, "image_grid_thw": grid}
 
 
+def with_positions(model: Any, sizes: str = "image_position_ids") -> dict[str, Any]:
+    """Two images of patches whose places are given, the second of fewer that fill it."""
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(BATCH, 16, 2).clone()
+    patches = draw(BATCH, 16, 3 * 4 * 4)
+    return {"pixel_values": patches, sizes: places}
+
+
+def of_no_cache(model: Any) -> dict[str, Any]:
+    """What an assistant is given: the last token's states, and the keys and values of others."""
+    size = model.config.backbone_hidden_size
+    return {
+        "inputs_embeds": draw(BATCH, 1, 2 * size),
+        "position_ids": torch.tensor([[8]] * BATCH),
+        "shared_kv_states": {
+            "full_attention": (draw(BATCH, 2, 9, 16), draw(BATCH, 2, 9, 16).flip(1)),
+            "sliding_attention": (draw(BATCH, 2, 9, 8), draw(BATCH, 2, 9, 8).flip(1)),
+        },
+    }
+
+
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 IN_THREE_AXES = {
     "rope_parameters": {**ROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
 }
 # Codes of an image, as tokens of the text's vocabulary.
 CODES = {f"IMGIMG{letter}Z": 80 + n for n, letter in enumerate("ABCDEFGH")}
+
+# Layers of both kinds, of which those that see all have larger heads.
+ALTERNATING = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 4,
+    "num_key_value_heads": 2,
+    "global_head_dim": 16,
+}
+GEMMA4 = {
+    **ALTERNATING,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 99,
+}
+GEMMA3N = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 4,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 99,
+    "laurel_rank": 8,
+}
+PATCHES = {"patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 16}
+OCR_TEXT = {
+    "num_key_value_heads": 4,
+    "mlp_layer_types": ["dense", "sparse"],
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+}
+# One layer of windows and one that sees the whole image.
+OCR_SAM = {
+    "image_size": 32,
+    "patch_size": 4,
+    "output_channels": 16,
+    "window_size": 3,
+    "global_attn_indexes": [1],
+    "downsample_channels": [16, 32],
+}
+OCR_VISION = {"sam_config": OCR_SAM, "encoder_config": {"num_key_value_heads": 4}}
+ERNIE = {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}, "num_key_value_heads": 2}
+DAVIT = {
+    "embed_dim": [16, 32],
+    "depths": [1, 1],
+    "num_heads": [2, 2],
+    "num_groups": [2, 2],
+    "patch_size": [7, 3],
+    "patch_stride": [4, 2],
+    "patch_padding": [3, 1],
+    "patch_prenorm": [False, True],
+    "window_size": 3,
+    "projection_dim": 32,
+}
 
 ROWS: dict[str, Row] = {
     "align": Row(
@@ -135,16 +209,59 @@ ROWS: dict[str, Row] = {
         because="Its attention is bidirectional. Eager attention is given a causal mask nevertheless "
         "where no token types are passed.",
     ),
-    "colqwen2": Row(config={"vlm_config": {"image_token_id": IMAGE, "text_config": IN_THREE_AXES}}, inputs=with_square_grids),
+    "colqwen2": Row(
+        config={"vlm_config": {"image_token_id": IMAGE, "text_config": IN_THREE_AXES}},
+        inputs=with_square_grids,
+    ),
+    "deepseek_ocr2": Row(
+        config={"image_token_id": IMAGE, "text_config": OCR_TEXT, "vision_config": OCR_VISION},
+    ),
+    "deepseek_ocr2_encoder": Row(
+        config={"num_key_value_heads": 4},
+        inputs=lambda model: {"inputs_embeds": draw(BATCH, 12, 32), "num_patches": 5},
+    ),
+    "deepseek_ocr2_sam_vision_model": Row(config=OCR_SAM),
+    "deepseek_ocr2_text": Row(config=OCR_TEXT),
+    "deepseek_ocr2_vision": Row(config=OCR_VISION),
     "deepseek_vl": Row(config={"image_token_id": IMAGE}, more=with_image(16)),
+    "diffusion_gemma": Row(
+        config={
+            "image_token_id": IMAGE,
+            "canvas_length": 6,
+            "text_config": {
+                **ALTERNATING,
+                "num_experts": 4,
+                "top_k_experts": 2,
+                "moe_intermediate_size": 48,
+            },
+            "vision_config": PATCHES,
+        },
+        generates=False,
+        because="It generates by drawing noise.",
+    ),
+    "embedding_gemma2": Row(
+        config={"text_config": {**ALTERNATING, "hidden_size_per_layer_input": 8}}
+    ),
     "emu3": Row(
         model="Emu3ForConditionalGeneration",
         config={
             "vocabulary_map": {"<image>": IMAGE, **CODES},
         },
     ),
+    "ernie4_5_vl_moe": Row(config={"text_config": ERNIE}),
+    "ernie4_5_vl_moe_text": Row(config=ERNIE),
     "exaone4_5": Row(),
+    "fast_vlm": Row(
+        config={
+            "image_token_index": IMAGE,
+            "vision_config": {"model_type": "resnet", "hidden_size": 32},
+        },
+    ),
     "flava_multimodal_model": Row(inputs=lambda model: {"hidden_states": draw(BATCH, 9, 32)}),
+    "florence2": Row(config={"vision_config": DAVIT}),
+    "florence_vision": Row(
+        config=DAVIT, inputs=lambda model: {"hidden_states": draw(BATCH, 3, 64, 64)}
+    ),
     "gemma3": Row(
         config={"mm_tokens_per_image": 4, "image_token_index": IMAGE},
         more=lambda model: {
@@ -152,14 +269,66 @@ ROWS: dict[str, Row] = {
             "token_type_ids": (around_image(4) == IMAGE).long(),
         },
     ),
+    "gemma3n_text": Row(config=GEMMA3N),
+    "gemma4": Row(
+        config={"text_config": GEMMA4, "vision_config": PATCHES, "image_token_id": IMAGE}
+    ),
+    "gemma4_assistant": Row(
+        config={
+            "backbone_hidden_size": 32,
+            "text_config": {
+                **ALTERNATING,
+                "hidden_size_per_layer_input": 0,
+                "vocab_size_per_layer_input": 0,
+                "num_kv_shared_layers": 4,
+            },
+        },
+        inputs=of_no_cache,
+        generates=False,
+        because="It generates beside another model alone.",
+    ),
+    "gemma4_text": Row(config=GEMMA4),
+    "gemma4_unified": Row(config={"text_config": ALTERNATING}),
+    "gemma4_unified_assistant": Row(
+        config={
+            "backbone_hidden_size": 32,
+            "text_config": {**ALTERNATING, "num_kv_shared_layers": 4},
+        },
+        inputs=of_no_cache,
+        generates=False,
+        because="It generates beside another model alone.",
+    ),
+    "gemma4_vision": Row(
+        config=PATCHES,
+        inputs=lambda model: with_positions(model, "pixel_position_ids"),
+    ),
     "git": Row(more=lambda model: {"pixel_values": pixels(model)}),
     "glm46v": Row(config={"text_config": IN_THREE_AXES}),
     "glm4v": Row(config={"text_config": IN_THREE_AXES}),
     "glm4v_moe": Row(config={"text_config": IN_THREE_AXES}),
     "glm4v_moe_text": Row(config=IN_THREE_AXES),
     "glm4v_text": Row(config=IN_THREE_AXES),
+    "glm_image": Row(
+        config={
+            "text_config": IN_THREE_AXES,
+            "vq_config": {"num_embeddings": 8, "embed_dim": 16, "latent_channels": 32},
+            "vision_config": {"image_size": 64},
+        },
+    ),
     "glm_image_text": Row(config=IN_THREE_AXES),
     "glm_ocr": Row(config={"text_config": IN_THREE_AXES}),
     "glm_ocr_text": Row(config=IN_THREE_AXES),
     "glmga": Row(config={"text_config": IN_THREE_AXES}),
+    "granite4_vision": Row(
+        config={
+            "image_token_index": IMAGE,
+            "downsample_rate": "1/2",
+            "deepstack_layer_map": [[0, 0], [1, 1]],
+            "spatial_target_layers": [0, 1],
+            "image_grid_pinpoints": [[32, 32]],
+            "vision_config": {"hidden_size": 128, "image_size": 32, "patch_size": 8},
+            "qformer_config": {"model_type": "blip_2_qformer", "hidden_size": 128},
+        },
+    ),
+    "granite_docling": Row(config={"image_token_id": IMAGE}),
 }
