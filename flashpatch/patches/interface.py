@@ -52,6 +52,7 @@ HARMLESS = frozenset(
         "cu_seq_lens_k",
         "deterministic",
         "grid_thw",
+        "input_ids",
         "logits_to_keep",
         "max_length_k",
         "max_length_q",

@@ -37,19 +37,6 @@ def with_positions(model: Any, sizes: str = "image_position_ids") -> dict[str, A
     return {"pixel_values": patches, sizes: places}
 
 
-def of_no_cache(model: Any) -> dict[str, Any]:
-    """What an assistant is given: the last token's states, and the keys and values of others."""
-    size = model.config.backbone_hidden_size
-    return {
-        "inputs_embeds": draw(BATCH, 1, 2 * size),
-        "position_ids": torch.tensor([[8]] * BATCH),
-        "shared_kv_states": {
-            "full_attention": (draw(BATCH, 2, 9, 16), draw(BATCH, 2, 9, 16).flip(1)),
-            "sliding_attention": (draw(BATCH, 2, 9, 8), draw(BATCH, 2, 9, 8).flip(1)),
-        },
-    }
-
-
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 IN_THREE_AXES = {
     "rope_parameters": {**ROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
@@ -80,7 +67,17 @@ GEMMA3N = {
     "vocab_size_per_layer_input": 99,
     "laurel_rank": 8,
 }
-PATCHES = {"patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 16}
+PATCHES = {
+    "patch_size": 4,
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 16,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+}
 OCR_TEXT = {
     "num_key_value_heads": 4,
     "mlp_layer_types": ["dense", "sparse"],
@@ -236,11 +233,15 @@ ROWS: dict[str, Row] = {
             },
             "vision_config": PATCHES,
         },
+        calls={"model.encoder.get_image_features": with_positions},
         generates=False,
         because="It generates by drawing noise.",
     ),
     "embedding_gemma2": Row(
-        config={"text_config": {**ALTERNATING, "hidden_size_per_layer_input": 8}}
+        config={"text_config": {**ALTERNATING, "hidden_size_per_layer_input": 8}},
+        inputs=lambda model: {"input_ids": tokens()},
+        calls={"get_image_features": None, "get_audio_features": None},
+        because="By default it has no towers.",
     ),
     "emu3": Row(
         model="Emu3ForConditionalGeneration",
@@ -254,8 +255,17 @@ ROWS: dict[str, Row] = {
     "fast_vlm": Row(
         config={
             "image_token_index": IMAGE,
-            "vision_config": {"model_type": "resnet", "hidden_size": 32},
+            "vision_config": {
+                "model_type": "resnet",
+                "layer_type": "basic",
+                "embedding_size": 16,
+                "hidden_size": 32,
+                "hidden_sizes": [16, 32],
+                "depths": [1, 1],
+            },
         },
+        more=lambda model: {**with_image(16)(model), "pixel_values": draw(BATCH, 3, 32, 32)},
+        because="Its own tower is one of timm's, without attention.",
     ),
     "flava_multimodal_model": Row(inputs=lambda model: {"hidden_states": draw(BATCH, 9, 32)}),
     "florence2": Row(config={"vision_config": DAVIT}),
@@ -271,32 +281,30 @@ ROWS: dict[str, Row] = {
     ),
     "gemma3n_text": Row(config=GEMMA3N),
     "gemma4": Row(
-        config={"text_config": GEMMA4, "vision_config": PATCHES, "image_token_id": IMAGE}
-    ),
-    "gemma4_assistant": Row(
-        config={
-            "backbone_hidden_size": 32,
-            "text_config": {
-                **ALTERNATING,
-                "hidden_size_per_layer_input": 0,
-                "vocab_size_per_layer_input": 0,
-                "num_kv_shared_layers": 4,
-            },
-        },
-        inputs=of_no_cache,
-        generates=False,
-        because="It generates beside another model alone.",
+        config={"text_config": GEMMA4, "vision_config": PATCHES, "image_token_id": IMAGE},
+        more=lambda model: {**with_positions(model), "input_ids": around_image(4)},
+        calls={"get_image_features": with_positions},
     ),
     "gemma4_text": Row(config=GEMMA4),
-    "gemma4_unified": Row(config={"text_config": ALTERNATING}),
-    "gemma4_unified_assistant": Row(
+    "gemma4_unified": Row(
         config={
-            "backbone_hidden_size": 32,
-            "text_config": {**ALTERNATING, "num_kv_shared_layers": 4},
+            "image_token_id": IMAGE,
+            "text_config": {**ALTERNATING, "num_kv_shared_layers": 2},
+            "vision_config": {
+                "patch_size": 4,
+                "pooling_kernel_size": 1,
+                "mm_embed_dim": 32,
+                "mm_posemb_size": 16,
+                "output_proj_dims": 32,
+            },
         },
-        inputs=of_no_cache,
-        generates=False,
-        because="It generates beside another model alone.",
+        more=lambda model: {
+            **with_positions(model),
+            "input_ids": around_image(16),
+            "mm_token_type_ids": (around_image(16) == IMAGE).long(),
+        },
+        calls={"get_image_features": None},
+        because="Images go to the text without attention.",
     ),
     "gemma4_vision": Row(
         config=PATCHES,
@@ -314,6 +322,7 @@ ROWS: dict[str, Row] = {
             "vq_config": {"num_embeddings": 8, "embed_dim": 16, "latent_channels": 32},
             "vision_config": {"image_size": 64},
         },
+        inputs=lambda model: {"input_ids": tokens()},
     ),
     "glm_image_text": Row(config=IN_THREE_AXES),
     "glm_ocr": Row(config={"text_config": IN_THREE_AXES}),
@@ -327,8 +336,31 @@ ROWS: dict[str, Row] = {
             "spatial_target_layers": [0, 1],
             "image_grid_pinpoints": [[32, 32]],
             "vision_config": {"hidden_size": 128, "image_size": 32, "patch_size": 8},
-            "qformer_config": {"model_type": "blip_2_qformer", "hidden_size": 128},
+            "qformer_config": {
+                "model_type": "blip_2_qformer",
+                "vocab_size": 99,
+                "num_hidden_layers": 2,
+                "intermediate_size": 48,
+                "max_position_embeddings": 16,
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+            },
+        },
+        calls={
+            "get_image_features": lambda model: {
+                "pixel_values": draw(BATCH, 2, 3, 32, 32),
+                "image_sizes": torch.tensor([[32, 32]] * BATCH),
+            },
+        },
+        because="A head of its towers has 64 features in any case.",
+    ),
+    "granite_docling": Row(
+        config={"image_token_id": IMAGE},
+        calls={
+            "get_image_features": lambda model: {
+                "pixel_values": pixels(model)[:, None].expand(-1, 2, -1, -1, -1),
+                "pixel_attention_mask": torch.tensor([[True, True], [True, False]]),
+            },
         },
     ),
-    "granite_docling": Row(config={"image_token_id": IMAGE}),
 }
