@@ -128,7 +128,7 @@ def _architecture(model_type: str) -> Architecture:
         model_type,
         tuple(_described(cls) for cls in found),
         tuple(need for need, pattern in NEEDS.items() if re.search(pattern, sources)),
-        tuple(name for name, flag in FLAGS.items() if any(getattr(r, flag, False) for r in roots)),
+        tuple(n for n, flag in FLAGS.items() if any(getattr(r, flag, False) for r in roots)),
     )
 
 

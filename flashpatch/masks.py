@@ -155,6 +155,11 @@ def fpatch_mask(
     )
 
 
+def fpatch_whole_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """As `fpatch_mask`; None stands for no mask only."""
+    return fpatch_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
 def _none_is_causal(n_queries: int, n_keys: int, first_query: int | Tensor, first_key: int) -> bool:
     """Whether attention without a mask does what a causal mask says.
 

@@ -31,6 +31,7 @@ from flashpatch.masks import (
     NONE_IS_NO_MASK,
     expand,
     fpatch_mask,
+    fpatch_whole_mask,
     of_last_queries,
     read_once,
     separate,
@@ -45,6 +46,9 @@ from flashpatch_kernels.masks import Band, Mask
 from flashpatch_kernels.options import Options
 
 KEY = "fpatch"
+# For models of which an attention class only adds a mask: no mask then stands for a causal one.
+MASKED_KEY = "fpatch_masked"
+KEYS = (KEY, MASKED_KEY)
 
 # Arguments that models pass on and that change nothing, given the mask.
 HARMLESS = frozenset(
@@ -295,7 +299,7 @@ def run_original(
     """The attention that the module would have run unpatched, on the mask it would have had."""
     n, m = query.shape[2], key.shape[2]
     weights = kwargs.get("output_attentions") or collects_attentions()
-    eager = weights or original not in ALL_ATTENTION_FUNCTIONS or original == KEY
+    eager = weights or original not in ALL_ATTENTION_FUNCTIONS or original in KEYS
     if kwargs.get("position_bias") is not None:
         position_bias = dense_position_bias(kwargs["position_bias"], n, m).to(query.dtype)
         kwargs = {**kwargs, "position_bias": position_bias}
@@ -314,9 +318,10 @@ def eager_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | N
 
 
 def activate() -> None:
-    """Registers the two functions under `fpatch`, for the models whose config names it."""
-    AttentionInterface.register(KEY, fpatch_attention)
-    AttentionMaskInterface.register(KEY, fpatch_mask)
+    """Registers the functions under their keys, for the models whose config names one."""
+    for key, mask in ((KEY, fpatch_mask), (MASKED_KEY, fpatch_whole_mask)):
+        AttentionInterface.register(key, fpatch_attention)
+        AttentionMaskInterface.register(key, mask)
 
 
 for _module, _names in CLASSES.items():

@@ -288,7 +288,7 @@ class _Heads:
         return m, torch.ones_like(m)
 
     def scores(self, Q: Tensor, rows: Rows, j0: int, j1: int) -> tuple[Tensor, Tensor | None]:
-        """The scores [C, G R, W] in their unit after every term and the mask, and the cap's tanh."""
+        """The scores [C, G R, W] after every term and the mask, and the cap's tanh."""
         S = self.buffer("S", (self.C, Q.shape[1], j1 - j0))
         torch.bmm(Q, self.k[:, j0:j1].transpose(1, 2), out=S)
         tanh = None
