@@ -27,9 +27,12 @@ from flashpatch.dispatch import (
     unknown_argument,
 )
 from flashpatch.masks import (
+    DROP_QUERIES,
+    NONE_IS_NO_MASK,
     expand,
     fpatch_mask,
     fpatch_whole_mask,
+    of_last_queries,
     read_once,
     separate,
     unpack,
@@ -52,6 +55,8 @@ HARMLESS = frozenset(
     (
         "cu_seq_lens_k",
         "deterministic",
+        "grid_thw",
+        "input_ids",
         "logits_to_keep",
         "max_length_k",
         "max_length_q",
@@ -90,6 +95,8 @@ def fpatch_attention(
         The output [B, N, H, Dv], and the attention weights where the original computes them.
     """
     settings: Settings = getattr(module, "_flashpatch", DEFAULT)
+    if model_type(module) in DROP_QUERIES:
+        attention_mask = of_last_queries(attention_mask, query.shape[2], key.shape[2])
     causal = is_causal(module, query.shape[2], attention_mask, kwargs.get("is_causal"))
     selected = selected_keys(module, query.shape[1], key.shape[2], kwargs)
     if selected is not None:
@@ -110,6 +117,11 @@ def fpatch_attention(
     return out if isinstance(out, tuple) else (out.transpose(1, 2), None)
 
 
+def model_type(module: nn.Module) -> str | None:
+    """That of the config which an attention module holds."""
+    return getattr(getattr(module, "config", None), "model_type", None)
+
+
 def is_causal(
     module: nn.Module, n: int, attention_mask: Tensor | None, stated: bool | None = None
 ) -> bool:
@@ -118,6 +130,8 @@ def is_causal(
     Source: transformers, `sdpa_attention_forward`: the argument, else the module, else True; never
     beside a mask or for a single query.
     """
+    if model_type(module) in NONE_IS_NO_MASK:
+        return False
     causal = getattr(module, "is_causal", True) if stated is None else stated
     return bool(causal) and attention_mask is None and n > 1
 
