@@ -34,6 +34,7 @@ KEYED = (
 )
 # Classes that slice or invert it first, or whose masks are their own model's.
 CLASSES = (
+    "aimv2.modeling_aimv2.Aimv2AttentionPoolingHead",
     "bark.modeling_bark.BarkSelfAttention",
     "blip.modeling_blip.BlipAttention",
     "blip.modeling_blip_text.BlipTextSelfAttention",
