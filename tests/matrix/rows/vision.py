@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from matrix.inputs import BATCH, draw, look, side
+from matrix.inputs import BATCH, draw, inputs_by_name, look, pixels, side, tokens
 from matrix.row import Row
 from torch import Tensor
+from transformers import ViTConfig
 
 # Tiny backbones of four stages.
 STAGES = [f"stage{i}" for i in range(1, 5)]
@@ -48,7 +49,14 @@ SWIN_OF_FOUR = {
 FOUR_LAYERS = {
     "num_hidden_layers": 4,
     "out_features": STAGES,
-    "reshape_hidden_states": False,
+}
+SEQUENCES = {**FOUR_LAYERS, "reshape_hidden_states": False}
+SUPERPOINT = {
+    "decoder_hidden_size": 16,
+    "descriptor_decoder_dim": 32,
+    "encoder_hidden_sizes": [8, 8, 8, 8],
+    "keypoint_decoder_dim": 65,
+    "max_keypoints": 12,
 }
 # What makes a detector of feature maps at three scales.
 SCALES = {
@@ -85,16 +93,402 @@ def frames(model: Any) -> dict[str, Tensor]:
     return {"pixel_values": draw(BATCH, count, 3, *side(model.config))}
 
 
+def mirrored(model: Any) -> dict[str, Tensor]:
+    """Other images: with the generic ones a ReLU is so near zero that rounding moves it across."""
+    return {"pixel_values": pixels(model).flip(-1)}
+
+
 def pairs(model: Any) -> dict[str, Tensor]:
     """Two images to be matched."""
     channels = look(model.config, "num_channels", default=3)
     return {"pixel_values": draw(1, 2, channels, 64, 64)}
 
 
+# SAM: towers for 4 x 4 features of 32 channels, prompts and masks.
+SAM_VISION = {
+    "global_attn_indexes": [1],
+    "mlp_dim": 48,
+    "num_pos_feats": 16,
+    "output_channels": 32,
+    "window_size": 3,
+}
+HIERA = {
+    "blocks_per_stage": [1, 2, 2, 1],
+    "embed_dim_per_stage": [8, 16, 32, 64],
+    "global_attention_blocks": [4],
+    "hidden_size": 8,
+    "image_size": [64, 64],
+    "num_attention_heads_per_stage": [1, 2, 4, 8],
+    "window_positional_embedding_background_size": [4, 4],
+    "window_size_per_stage": [8, 4, 4, 2],
+}
+PYRAMID = {
+    "backbone_channel_list": [64, 32, 16, 8],
+    "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+}
+SAM2_VISION = {**PYRAMID, "backbone_config": HIERA}
+SAM3_VISION = {
+    "backbone_config": {
+        "global_attn_indexes": [1],
+        "image_size": 56,
+        "pretrain_image_size": 28,
+        "window_size": 2,
+    },
+    "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+}
+PROMPTS = {"image_size": 64, "mask_input_channels": 4}
+SAM3_PROMPTS = {**PROMPTS, "image_size": 56}
+MEMORY = {
+    "image_size": 64,
+    "mask_downsampler_embed_dim": 16,
+    "memory_attention_rope_feat_sizes": [4, 4],
+    "memory_fuser_intermediate_dim": 48,
+}
+
+
+def points(model: Any) -> dict[str, Tensor]:
+    """Images, and two points in each."""
+    return {
+        **inputs_by_name(model),
+        "input_labels": torch.ones(BATCH, 1, 2, dtype=torch.long),
+        "input_points": draw(BATCH, 1, 2, 2).abs() * 20,
+    }
+
+
+def a_frame(size: int) -> Any:
+    """A frame of a video and points in it: the step that a session makes, with its gradients."""
+
+    def make(_: Any) -> dict[str, Tensor]:
+        return {
+            "input_labels": torch.ones(1, 1, 2, dtype=torch.int32),
+            "input_points": draw(1, 1, 2, 2).abs() * 20,
+            "pixel_values": draw(1, 3, size, size),
+        }
+
+    return make
+
+
+def memories(model: Any) -> dict[str, Any]:
+    """Features of a frame, and two frames and three objects in memory."""
+    return {
+        "current_vision_features": draw(16, 1, 32),
+        "current_vision_position_embeddings": draw(16, 1, 32) / 2,
+        "memory": draw(35, 1, 64),
+        "memory_posision_embeddings": draw(35, 1, 64) / 2,
+        "num_object_pointer_tokens": 3,
+    }
+
+
+def features(model: Any) -> dict[str, Any]:
+    """What SAM3's encoder and decoder are given: images of 3 x 4, and texts of two lengths."""
+    mask = torch.ones(BATCH, 6, dtype=torch.bool)
+    mask[1, -2:] = False
+    return {
+        "spatial_shapes": torch.tensor([[3, 4]]),
+        "text_features": draw(BATCH, 6, 32),
+        "text_mask": mask,
+        "vision_features": draw(BATCH, 12, 32),
+        "vision_pos_encoding": draw(BATCH, 12, 32) / 2,
+    }
+
+
+def feature_maps(model: Any) -> dict[str, Any]:
+    """The same, before they are flattened."""
+    given = features(model)
+    return {
+        "text_features": given["text_features"],
+        "text_mask": given["text_mask"],
+        "vision_features": [draw(BATCH, 32, 3, 4)],
+        "vision_pos_embeds": [draw(BATCH, 32, 3, 4) / 2],
+    }
+
+
+def queries(model: Any) -> dict[str, Any]:
+    """What SAM3's mask decoder is given."""
+    given = features(model)
+    return {
+        "backbone_features": [draw(BATCH, 32, 3 * 2**n, 4 * 2**n) for n in (2, 1, 0)],
+        "decoder_queries": draw(BATCH, 5, 32),
+        "encoder_hidden_states": draw(BATCH, 12, 32),
+        "prompt_features": given["text_features"],
+        "prompt_mask": given["text_mask"],
+    }
+
+
 ROWS: dict[str, Row] = {
+    "depth_pro": Row(
+        config={
+            "fusion_hidden_size": 16,
+            "intermediate_feature_dims": [16, 16],
+            "intermediate_hook_ids": [1, 0],
+            "patch_size": 16,
+            "scaled_images_feature_dims": [32, 32, 16],
+            "use_fov_model": True,
+            **{
+                f"{name}_model_config": {"image_size": 16, "patch_size": 4}
+                for name in ("image", "patch", "fov")
+            },
+        },
+        more=images(64, 64),
+    ),
+    "dots3_note_vision_encoder": Row(
+        config={
+            "adapter_in_dim": 32,
+            "adapter_out_dim": 32,
+            "moe_intermediate_size": 16,
+            "mlp_layer_types": ["dense", "sparse"],
+            "per_layer_config": {1: {"num_local_experts": 4, "num_experts_per_tok": 2}},
+        },
+    ),
+    "edgetam": Row(
+        config={
+            "vision_config": {**PYRAMID, "backbone_config": RESNET},
+            "prompt_encoder_config": PROMPTS,
+        },
+        inputs=lambda model: {
+            "image_embeddings": [
+                draw(BATCH, 4, 16, 16),
+                draw(BATCH, 8, 8, 8),
+                draw(BATCH, 32, 4, 4),
+            ],
+            "input_labels": torch.ones(BATCH, 1, 2, dtype=torch.long),
+            "input_points": draw(BATCH, 1, 2, 2).abs() * 20,
+        },
+        calls={"get_image_features": None},
+        because="its images are read by a tower of timm, which has no attention",
+    ),
+    "edgetam_video": Row(
+        config={
+            **MEMORY,
+            "memory_attention_mlp_hidden_size": 48,
+            "memory_attention_rope_k_sizes": [2, 2],
+            "perceiver_resampler_hidden_size": 64,
+            "perceiver_resampler_num_latents": 4,
+            "perceiver_resampler_num_latents_2d": 4,
+            "perceiver_resampler_mlp_intermediate_size": 32,
+            "vision_config": SAM2_VISION,
+            "prompt_encoder_config": PROMPTS,
+        },
+        calls={
+            "forward": None,
+            "_single_frame_forward": a_frame(64),
+            "memory_attention.forward": lambda model: {
+                **memories(model),
+                "memory": draw(19, 1, 64),
+                "memory_posision_embeddings": draw(19, 1, 64) / 2,
+                "num_spatial_memory_tokens": 2,
+            },
+            "spatial_perceiver.forward": lambda model: {
+                "hidden_states": draw(1, 64, 4, 4),
+                "positional_encoding": draw(1, 64, 4, 4) / 2,
+            },
+        },
+    ),
+    "efficientloftr": Row(
+        config={
+            "hidden_size": 64,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "out_features": [8, 8, 16, 64],
+            "stage_num_blocks": [1, 1, 1, 1],
+        },
+        inputs=lambda model: {"pixel_values": draw(1, 2, 3, 96, 96)},
+    ),
+    "lightglue": Row(config={"keypoint_detector_config": SUPERPOINT}, inputs=pairs),
+    "lw_detr": Row(
+        config={
+            "backbone_config": {
+                **FOUR_LAYERS,
+                "image_size": 64,
+                "pretrain_image_size": 64,
+                "num_windows": 4,
+                "window_block_indices": [0, 2],
+            },
+            "d_model": 32,
+            "num_queries": 5,
+            "group_detr": 2,
+            "projector_scale_factors": [1.0],
+        },
+        more=images_in_a_frame(64, 64),
+    ),
+    "lw_detr_vit": Row(
+        model="LwDetrViTBackbone",
+        config={
+            **FOUR_LAYERS,
+            "image_size": 64,
+            "pretrain_image_size": 64,
+            "num_windows": 4,
+            "window_block_indices": [0, 2],
+        },
+    ),
+    "omdet-turbo": Row(
+        config={
+            "apply_layernorm_after_vision_backbone": False,
+            "backbone_config": RESNET,
+            "class_embed_dim": 32,
+            "encoder_in_channels": [8, 16, 16],
+            "num_queries": 5,
+            "text_projection_in_dim": 32,
+            "text_projection_out_dim": 32,
+            "timm_kwargs": {},
+            "vision_features_channels": [32, 32, 32],
+        },
+        inputs=lambda model: {},
+    ),
+    "oneformer": Row(
+        config={
+            "backbone_config": SWIN_OF_FOUR,
+            "conv_dim": 32,
+            "mask_dim": 32,
+            "num_queries": 5,
+            "task_seq_len": 8,
+            "is_training": True,
+            "text_encoder_n_ctx": 2,
+            "text_encoder_width": 64,
+            "hidden_dim": 64,
+            "text_encoder_context_length": 8,
+        },
+        inputs=lambda model: {
+            **images_in_a_frame()(model),
+            "task_inputs": tokens(8),
+            "text_inputs": torch.stack([tokens(8), tokens(8, seed=3)], 1),
+        },
+    ),
+    "pe_video_encoder": Row(
+        config={
+            "vision_config": ViTConfig(
+                hidden_size=32,
+                image_size=32,
+                intermediate_size=48,
+                num_attention_heads=2,
+                num_hidden_layers=1,
+                num_labels=32,
+                patch_size=16,
+            )
+        }
+    ),
+    "rf_detr": Row(
+        config={
+            "backbone_config": {
+                **FOUR_LAYERS,
+                "image_size": 56,
+                "num_windows": 2,
+                "out_features": ["stage2", "stage4"],
+            },
+            "num_queries": 5,
+            "group_detr": 2,
+        },
+        more=images_in_a_frame(56, 56),
+    ),
+    "rf_detr_dinov2": Row(
+        model="RfDetrDinov2Backbone",
+        config={
+            **FOUR_LAYERS,
+            "image_size": 56,
+            "num_windows": 2,
+            "out_features": ["stage2", "stage4"],
+        },
+    ),
+    "sam": Row(
+        config={
+            "vision_config": SAM_VISION,
+            "prompt_encoder_config": {**PROMPTS, "image_embedding_size": 4},
+        },
+        inputs=points,
+    ),
+    "sam2": Row(
+        config={"vision_config": SAM2_VISION, "prompt_encoder_config": PROMPTS}, inputs=points
+    ),
+    "sam2_hiera_det_model": Row(config=HIERA),
+    "sam2_video": Row(
+        config={
+            **MEMORY,
+            "memory_attention_feed_forward_hidden_size": 48,
+            "vision_config": SAM2_VISION,
+            "prompt_encoder_config": PROMPTS,
+        },
+        calls={
+            "forward": None,
+            "_single_frame_forward": a_frame(64),
+            "memory_attention.forward": memories,
+        },
+    ),
+    "sam2_vision_model": Row(config=SAM2_VISION),
+    "sam3": Row(
+        config={"vision_config": SAM3_VISION, "detr_decoder_config": {"num_queries": 5}},
+        more=mirrored,
+    ),
+    "sam3_detr_decoder": Row(config={"num_queries": 5}, inputs=features),
+    "sam3_detr_encoder": Row(inputs=feature_maps),
+    "sam3_lite_text_detr_decoder": Row(config={"num_queries": 5}, inputs=features),
+    "sam3_lite_text_detr_encoder": Row(inputs=feature_maps),
+    "sam3_lite_text_mask_decoder": Row(inputs=queries),
+    "sam3_lite_text_text_model": Row(config={"num_hidden_layers": 3}),
+    "sam3_mask_decoder": Row(inputs=queries),
+    "sam3_tracker": Row(
+        config={"vision_config": SAM3_VISION, "prompt_encoder_config": SAM3_PROMPTS}, inputs=points
+    ),
+    "sam3_tracker_video": Row(
+        config={
+            **MEMORY,
+            "image_size": 56,
+            "memory_attention_feed_forward_hidden_size": 48,
+            "vision_config": SAM3_VISION,
+            "prompt_encoder_config": SAM3_PROMPTS,
+        },
+        calls={
+            "forward": None,
+            "_single_frame_forward": a_frame(56),
+            "memory_attention.forward": memories,
+        },
+    ),
+    "sam_hq": Row(
+        config={
+            "vision_config": SAM_VISION,
+            "prompt_encoder_config": {**PROMPTS, "image_embedding_size": 4},
+            "mask_decoder_config": {"vit_dim": 32},
+        },
+        inputs=points,
+    ),
+    "sam_hq_vision_model": Row(config=SAM_VISION),
+    "sam_vision_model": Row(config=SAM_VISION),
+    "seggpt": Row(
+        config={
+            "image_size": [64, 32],
+            "pretrain_image_size": 32,
+            "num_hidden_layers": 4,
+            "mlp_dim": 48,
+            "intermediate_hidden_state_indices": [0, 1, 2, 3],
+            "decoder_hidden_size": 16,
+        },
+        inputs=lambda model: {
+            "pixel_values": draw(BATCH, 3, 32, 32),
+            "prompt_pixel_values": draw(BATCH, 3, 32, 32) / 2,
+            "prompt_masks": draw(BATCH, 3, 32, 32) / 3,
+        },
+    ),
+    "slanext": Row(
+        model="SLANeXtForTableRecognition",
+        config={
+            "vision_config": {**SAM_VISION, "image_size": 64},
+            "hidden_size": 32,
+            "post_conv_in_channels": 32,
+            "post_conv_out_channels": 32,
+            "max_text_length": 3,
+        },
+    ),
+    "slanext_vision": Row(config=SAM_VISION),
+    "superglue": Row(
+        config={
+            "keypoint_detector_config": SUPERPOINT,
+            "keypoint_encoder_sizes": [8, 16],
+            "gnn_layers_types": ["self", "cross"],
+        },
+        inputs=pairs,
+    ),
     "chmv2": Row(
         config={
-            "backbone_config": {**FOUR_LAYERS, "reshape_hidden_states": True},
+            "backbone_config": {**FOUR_LAYERS, "return_class_token": True},
             "fusion_hidden_size": 16,
             "head_hidden_size": 16,
             "number_output_channels": 16,
@@ -115,7 +509,7 @@ ROWS: dict[str, Row] = {
     "deimv2": Row(config={**SCALES, "backbone_config": HGNET}, more=images()),
     "depth_anything": Row(
         config={
-            "backbone_config": FOUR_LAYERS,
+            "backbone_config": SEQUENCES,
             "fusion_hidden_size": 16,
             "neck_hidden_sizes": [8, 8, 8, 8],
             "reassemble_hidden_size": 32,
@@ -159,7 +553,7 @@ ROWS: dict[str, Row] = {
     "pp_doclayout_v4": Row(config={**SCALES, "backbone_config": HGNET}, more=images()),
     "prompt_depth_anything": Row(
         config={
-            "backbone_config": FOUR_LAYERS,
+            "backbone_config": SEQUENCES,
             "fusion_hidden_size": 16,
             "neck_hidden_sizes": [8, 8, 8, 8],
             "reassemble_hidden_size": 32,
@@ -183,7 +577,7 @@ ROWS: dict[str, Row] = {
     "timesformer": Row(more=frames),
     "tipsv2_dpt": Row(
         config={
-            "backbone_config": FOUR_LAYERS,
+            "backbone_config": SEQUENCES,
             "fusion_hidden_size": 16,
             "neck_hidden_sizes": [8, 8, 8, 8],
         },
@@ -199,7 +593,7 @@ ROWS: dict[str, Row] = {
     "vivit": Row(config={"num_frames": 4, "image_size": 32}, more=frames),
     "zoedepth": Row(
         config={
-            "backbone_config": FOUR_LAYERS,
+            "backbone_config": SEQUENCES,
             "bottleneck_features": 16,
             "fusion_hidden_size": 16,
             "neck_hidden_sizes": [8, 8, 8, 8],
