@@ -75,7 +75,6 @@ CLASSES = (
     "led.modeling_led.LEDEncoderSelfAttention",
     "levit.modeling_levit.LevitAttention",
     "levit.modeling_levit.LevitAttentionSubsample",
-    "lightglue.modeling_lightglue.LightGlueAttention",
     "lilt.modeling_lilt.LiltSelfAttention",
     "lxmert.modeling_lxmert.LxmertAttention",
     "mask2former.modeling_mask2former.Mask2FormerAttention",

@@ -300,6 +300,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "lfm2_moe.modeling_lfm2_moe": ("Lfm2MoeAttention",),
     "lfm3.modeling_lfm3": ("Lfm3Attention",),
     "lfm3_vl.modeling_lfm3_vl": ("Lfm3VlVisionAttention",),
+    "lightglue.modeling_lightglue": ("LightGlueAttention",),
     "llama.modeling_llama": ("LlamaAttention",),
     "llama4.modeling_llama4": (
         "Llama4TextAttention",

@@ -5,10 +5,12 @@ from flashpatch_kernels.engines import Reason
 CLAMPED = Reason(
     "CLAMPED", "it cuts its scores off at a least and a largest value before the softmax"
 )
+ADDITIVE = Reason("ADDITIVE", "its scores are a network of query and key, not their product")
 
 LEFT: dict[str, Reason] = {
     "transformers.models.grounding_dino.modeling_grounding_dino"
     ".GroundingDinoBiMultiHeadAttention": CLAMPED,
     "transformers.models.mm_grounding_dino.modeling_mm_grounding_dino"
     ".MMGroundingDinoBiMultiHeadAttention": CLAMPED,
+    "transformers.models.slanext.modeling_slanext.SLANeXtAttentionGRUCell": ADDITIVE,
 }

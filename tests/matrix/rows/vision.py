@@ -168,6 +168,25 @@ def a_frame(size: int) -> Any:
     return make
 
 
+def classes_and_tasks(model: Any) -> dict[str, Tensor]:
+    """Two images with two names of classes and a task for each, which are not kept for later."""
+    # what is kept would hold the graph of the step before
+    for cache in (model.language_cache_class, model.language_cache_prompt):
+        cache.put = lambda *_: None
+    names = tokens(5).repeat(2, 1) + torch.arange(4)[:, None]
+    tasks = tokens(8, seed=3)
+    mask = torch.ones_like(tasks)
+    mask[1, -2:] = 0
+    return {
+        "classes_attention_mask": torch.ones_like(names),
+        "classes_input_ids": names,
+        "classes_structure": torch.tensor([2, 2]),
+        "pixel_values": draw(BATCH, 3, 64, 96),
+        "tasks_attention_mask": mask,
+        "tasks_input_ids": tasks,
+    }
+
+
 def memories(model: Any) -> dict[str, Any]:
     """Features of a frame, and two frames and three objects in memory."""
     return {
@@ -262,6 +281,7 @@ ROWS: dict[str, Row] = {
             **MEMORY,
             "memory_attention_mlp_hidden_size": 48,
             "memory_attention_rope_k_sizes": [2, 2],
+            "perceiver_resampler_attention_head_dim": 64,
             "perceiver_resampler_hidden_size": 64,
             "perceiver_resampler_num_latents": 4,
             "perceiver_resampler_num_latents_2d": 4,
@@ -292,7 +312,8 @@ ROWS: dict[str, Row] = {
             "out_features": [8, 8, 16, 64],
             "stage_num_blocks": [1, 1, 1, 1],
         },
-        inputs=lambda model: {"pixel_values": draw(1, 2, 3, 96, 96)},
+        # of images without contrast all keys would be alike, and the gradients cancel out
+        inputs=lambda model: {"pixel_values": 20 * draw(1, 2, 3, 96, 96)},
     ),
     "lightglue": Row(config={"keypoint_detector_config": SUPERPOINT}, inputs=pairs),
     "lw_detr": Row(
@@ -333,7 +354,7 @@ ROWS: dict[str, Row] = {
             "timm_kwargs": {},
             "vision_features_channels": [32, 32, 32],
         },
-        inputs=lambda model: {},
+        inputs=classes_and_tasks,
     ),
     "oneformer": Row(
         config={
@@ -456,9 +477,10 @@ ROWS: dict[str, Row] = {
         config={
             "image_size": [64, 32],
             "pretrain_image_size": 32,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 3,
+            "merge_index": 0,
             "mlp_dim": 48,
-            "intermediate_hidden_state_indices": [0, 1, 2, 3],
+            "intermediate_hidden_state_indices": [1, 2],
             "decoder_hidden_size": 16,
         },
         inputs=lambda model: {
@@ -548,8 +570,33 @@ ROWS: dict[str, Row] = {
         reference={"": "eager", "text_config": "sdpa"},
         because="eager BERT adds the boolean mask of phrases to the scores as zeros and ones",
     ),
-    "pp_doclayout_v2": Row(config={**SCALES, "backbone_config": HGNET}, more=images()),
-    "pp_doclayout_v3": Row(config={**SCALES, "backbone_config": HGNET}, more=images()),
+    "pp_doclayout_v2": Row(
+        config={
+            **SCALES,
+            "backbone_config": HGNET,
+            "class_order": [1, 0, 2],
+            "class_thresholds": [0.4, 0.5, 0.6],
+            "num_labels": 3,
+            "reading_order_config": {
+                "coordinate_size": 6,
+                "hidden_size": 32,
+                "max_2d_position_embeddings": 1024,
+                "shape_size": 4,
+            },
+        },
+        more=images(),
+    ),
+    "pp_doclayout_v3": Row(
+        config={
+            **SCALES,
+            "backbone_config": {**HGNET, "out_features": STAGES},
+            "encoder_in_channels": [8, 16, 16],
+            "mask_feature_channels": [8, 8],
+            "num_prototypes": 4,
+            "x4_feat_dim": 8,
+        },
+        more=images(),
+    ),
     "pp_doclayout_v4": Row(config={**SCALES, "backbone_config": HGNET}, more=images()),
     "prompt_depth_anything": Row(
         config={
@@ -581,13 +628,7 @@ ROWS: dict[str, Row] = {
             "fusion_hidden_size": 16,
             "neck_hidden_sizes": [8, 8, 8, 8],
         },
-    ),
-    "upernet": Row(
-        config={
-            "backbone_config": {**SWIN_OF_FOUR, "model_type": "swin"},
-            "hidden_size": 16,
-            "auxiliary_channels": 16,
-        }
+        more=mirrored,
     ),
     "videomae": Row(config={"num_frames": 4}, more=frames),
     "vivit": Row(config={"num_frames": 4, "image_size": 32}, more=frames),
@@ -598,5 +639,41 @@ ROWS: dict[str, Row] = {
             "fusion_hidden_size": 16,
             "neck_hidden_sizes": [8, 8, 8, 8],
         },
+    ),
+    "sam3_video": Row(
+        config={
+            "detector_config": {
+                "vision_config": SAM3_VISION,
+                "detr_decoder_config": {"num_queries": 5},
+            },
+            "tracker_config": {
+                **MEMORY,
+                "image_size": 56,
+                "memory_attention_feed_forward_hidden_size": 48,
+                "vision_config": SAM3_VISION,
+                "prompt_encoder_config": SAM3_PROMPTS,
+            },
+        },
+        calls={
+            "forward": None,
+            "detector_model.forward": lambda model: {
+                "pixel_values": draw(BATCH, 3, 56, 56).flip(-1),
+                "input_ids": tokens(),
+            },
+            "tracker_model._single_frame_forward": a_frame(56),
+            "tracker_model.memory_attention.forward": memories,
+        },
+    ),
+    "videoprism": Row(
+        config={
+            "vision_config": {
+                "image_size": 36,
+                "num_frames": 4,
+                "num_spatial_layers": 2,
+                "num_temporal_layers": 1,
+                "num_auxiliary_layers": 1,
+            }
+        },
+        more=lambda model: {"pixel_values_videos": draw(BATCH, 4, 3, 36, 36)},
     ),
 }
