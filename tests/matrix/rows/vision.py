@@ -155,6 +155,11 @@ def points(model: Any) -> dict[str, Tensor]:
     }
 
 
+def pyramid(batch: int) -> list[Tensor]:
+    """What a tower gives of images, at three scales."""
+    return [draw(batch, 4, 16, 16), draw(batch, 8, 8, 8), draw(batch, 32, 4, 4)]
+
+
 def a_frame(size: int) -> Any:
     """A frame of a video and points in it: the step that a session makes, with its gradients."""
 
@@ -265,11 +270,7 @@ ROWS: dict[str, Row] = {
             "prompt_encoder_config": PROMPTS,
         },
         inputs=lambda model: {
-            "image_embeddings": [
-                draw(BATCH, 4, 16, 16),
-                draw(BATCH, 8, 8, 8),
-                draw(BATCH, 32, 4, 4),
-            ],
+            "image_embeddings": pyramid(BATCH),
             "input_labels": torch.ones(BATCH, 1, 2, dtype=torch.long),
             "input_points": draw(BATCH, 1, 2, 2).abs() * 20,
         },
@@ -346,11 +347,12 @@ ROWS: dict[str, Row] = {
         config={
             "apply_layernorm_after_vision_backbone": False,
             "backbone_config": RESNET,
-            "class_embed_dim": 32,
+            "class_embed_dim": 64,
             "encoder_in_channels": [8, 16, 16],
             "num_queries": 5,
-            "text_projection_in_dim": 32,
-            "text_projection_out_dim": 32,
+            "text_config": {"hidden_size": 64},
+            "text_projection_in_dim": 64,
+            "text_projection_out_dim": 64,
             "timm_kwargs": {},
             "vision_features_channels": [32, 32, 32],
         },
@@ -660,7 +662,11 @@ ROWS: dict[str, Row] = {
                 "pixel_values": draw(BATCH, 3, 56, 56).flip(-1),
                 "input_ids": tokens(),
             },
-            "tracker_model._single_frame_forward": a_frame(56),
+            "tracker_model._single_frame_forward": lambda model: {
+                **a_frame(56)(model),
+                "image_embeddings": pyramid(1),
+                "pixel_values": None,
+            },
             "tracker_model.memory_attention.forward": memories,
         },
     ),
