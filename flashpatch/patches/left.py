@@ -7,6 +7,10 @@ CLAMPED = Reason(
 )
 
 LEFT: dict[str, Reason] = {
+    "transformers.models.groupvit.modeling_groupvit.GroupViTAssignAttention": Reason(
+        "HARD_ASSIGNMENT",
+        "each token goes to the one group that claims it most: no softmax over tokens is taken",
+    ),
     "transformers.models.grounding_dino.modeling_grounding_dino"
     ".GroundingDinoBiMultiHeadAttention": CLAMPED,
     "transformers.models.mm_grounding_dino.modeling_mm_grounding_dino"

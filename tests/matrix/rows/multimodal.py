@@ -30,11 +30,15 @@ def with_square_grids(model: Any) -> dict[str, Any]:
     return {"input_ids": around_image(4), "pixel_values": patches, "image_grid_thw": grid}
 
 
-def with_positions(model: Any, sizes: str = "image_position_ids") -> dict[str, Any]:
-    """Two images of patches whose places are given, the second of fewer that fill it."""
-    places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(BATCH, 16, 2).clone()
-    patches = draw(BATCH, 16, 3 * 4 * 4)
-    return {"pixel_values": patches, sizes: places}
+def emu_image(model: Any) -> dict[str, Any]:
+    """An image for each sequence, and how large it is."""
+    return {"pixel_values": draw(BATCH, 3, 8, 8), "image_sizes": torch.tensor([[8, 8]] * BATCH)}
+
+
+def with_positions(model: Any, name: str = "image_position_ids") -> dict[str, Any]:
+    """An image of four by four patches for each sequence, whose places are given."""
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(BATCH, 16, 2)
+    return {"pixel_values": draw(BATCH, 16, 3 * 4 * 4), name: places}
 
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -43,6 +47,7 @@ IN_THREE_AXES = {
 }
 # Codes of an image, as tokens of the text's vocabulary.
 CODES = {f"IMGIMG{letter}Z": 80 + n for n, letter in enumerate("ABCDEFGH")}
+EMU_CODES = {f"<|visual token {n:06}|>": 80 + n for n in range(8)}
 
 # Layers of both kinds, of which those that see all have larger heads.
 ALTERNATING = {
@@ -203,8 +208,8 @@ ROWS: dict[str, Row] = {
         },
         more=with_image(9),
         reference="sdpa",
-        because="Its attention is bidirectional. Eager attention is given a causal mask nevertheless "
-        "where no token types are passed.",
+        because="Its attention is bidirectional. Eager attention is given a causal mask "
+        "nevertheless where no token types are passed.",
     ),
     "colqwen2": Row(
         config={"vlm_config": {"image_token_id": IMAGE, "text_config": IN_THREE_AXES}},
@@ -221,6 +226,23 @@ ROWS: dict[str, Row] = {
     "deepseek_ocr2_text": Row(config=OCR_TEXT),
     "deepseek_ocr2_vision": Row(config=OCR_VISION),
     "deepseek_vl": Row(config={"image_token_id": IMAGE}, more=with_image(16)),
+    "deepseek_vl_hybrid": Row(
+        config={
+            "image_token_id": IMAGE,
+            "high_res_vision_config": {
+                "image_size": 32,
+                "patch_size": 4,
+                "window_size": 3,
+                "global_attn_indexes": [1],
+                "output_channels": 8,
+            },
+        },
+        more=lambda model: {
+            "input_ids": around_image(16),
+            "high_res_pixel_values": draw(BATCH, 3, 32, 32),
+            "pixel_values": draw(BATCH, 3, 64, 64),
+        },
+    ),
     "diffusion_gemma": Row(
         config={
             "image_token_id": IMAGE,
@@ -246,12 +268,24 @@ ROWS: dict[str, Row] = {
     "emu3": Row(
         model="Emu3ForConditionalGeneration",
         config={
-            "vocabulary_map": {"<image>": IMAGE, **CODES},
+            "vocabulary_map": {"<image>": IMAGE, "<|extra_200|>": 79, **EMU_CODES},
+            "text_config": {"num_key_value_heads": 2},
+            "vq_config": {
+                "codebook_size": 8,
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "num_res_blocks": 1,
+                "attn_resolutions": [1],
+                "hidden_size": 32,
+                "temporal_downsample_factor": 2,
+            },
         },
+        more=lambda model: {**emu_image(model), "input_ids": around_image(20)},
+        calls={"model.get_image_features": emu_image},
+        because="The codes of an image end each of its rows with one more.",
     ),
     "ernie4_5_vl_moe": Row(config={"text_config": ERNIE}),
     "ernie4_5_vl_moe_text": Row(config=ERNIE),
-    "exaone4_5": Row(),
     "fast_vlm": Row(
         config={
             "image_token_index": IMAGE,
