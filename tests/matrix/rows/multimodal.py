@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from matrix.inputs import BATCH, draw, patches_of, pixels, tokens
+from matrix.inputs import BATCH, draw, grid, patches_of, pixels, tokens
 from matrix.row import Row
 from torch import Tensor
 
@@ -24,10 +24,11 @@ def with_image(count: int) -> Any:
 
 def with_square_grids(model: Any) -> dict[str, Any]:
     """An image of four by four patches for each sequence, of which two by two are merged."""
-    grid = torch.tensor([[1, 4, 4]] * BATCH)
-    size = patches_of(model).shape[-1]
-    patches = draw(BATCH, 16, size)
-    return {"input_ids": around_image(4), "pixel_values": patches, "image_grid_thw": grid}
+    return {
+        "input_ids": around_image(4),
+        "pixel_values": draw(BATCH, 16, patches_of(model).shape[-1]),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * BATCH),
+    }
 
 
 def emu_image(model: Any) -> dict[str, Any]:
@@ -258,6 +259,57 @@ ROWS: dict[str, Row] = {
         calls={"model.encoder.get_image_features": with_positions},
         generates=False,
         because="It generates by drawing noise.",
+    ),
+    "dots3_note": Row(
+        model="Dots3NoteForConditionalGeneration",
+        config={
+            "image_token_id": IMAGE,
+            "text_config": {
+                "layer_types": ["indexed_attention", "sliding_attention"],
+                "mlp_layer_types": ["dense", "sparse"],
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "n_routed_experts": 4,
+                "moe_intermediate_size": 48,
+                "shared_experts_intermediate_size": 48,
+                "qk_nope_head_dim": 8,
+                "qk_rope_head_dim": 8,
+                "v_head_dim": 8,
+                "head_dim": 16,
+                "index_topk": 4,
+                "index_n_heads": 2,
+                "index_head_dim": 16,
+                "sliding_window": 4,
+                "swa_num_attention_heads": 2,
+                "swa_num_key_value_heads": 2,
+                "swa_q_lora_rank": 16,
+                "swa_kv_lora_rank": 16,
+                "swa_qk_nope_head_dim": 8,
+                "swa_head_dim": 16,
+                "swa_v_head_dim": 16,
+            },
+            "vision_config": {
+                "pyramid_num_routed": [-1, 4],
+                "moe_intermediate_size": 48,
+                "adapter_in_dim": 32,
+                "adapter_out_dim": 32,
+            },
+            "audio_config": {
+                "adapter_input_size": 32,
+                "adapter_out_dim": 32,
+                "downsample_hidden_size": 16,
+            },
+        },
+        calls={
+            "model.get_image_features": lambda model: {
+                "pixel_values": patches_of(model),
+                "image_grid_thw": grid(model),
+            },
+            "get_audio_features": lambda model: {
+                "input_features": draw(BATCH, 16, 64),
+                "chunk_sample_lengths": torch.tensor([64 * 160, 40 * 160]),
+            },
+        },
     ),
     "embedding_gemma2": Row(
         config={"text_config": {**ALTERNATING, "hidden_size_per_layer_input": 8}},
