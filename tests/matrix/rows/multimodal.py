@@ -72,6 +72,7 @@ GEMMA3N = {
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 99,
     "laurel_rank": 8,
+    "intermediate_size": 48,
 }
 PATCHES = {
     "patch_size": 4,
