@@ -101,7 +101,11 @@ OCR_SAM = {
     "downsample_channels": [16, 32],
 }
 OCR_VISION = {"sam_config": OCR_SAM, "encoder_config": {"num_key_value_heads": 4}}
-ERNIE = {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}, "num_key_value_heads": 2}
+ERNIE = {
+    "rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]},
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": [48, 24],
+}
 DAVIT = {
     "embed_dim": [16, 32],
     "depths": [1, 1],
@@ -364,6 +368,18 @@ ROWS: dict[str, Row] = {
         more=lambda model: {
             **with_image(4)(model),
             "token_type_ids": (around_image(4) == IMAGE).long(),
+        },
+    ),
+    "gemma3n_audio": Row(
+        config={
+            "conf_attention_chunk_size": 4,
+            "conf_attention_context_left": 5,
+            "input_feat_size": 16,
+            "sscp_conv_channel_size": [8, 4],
+        },
+        inputs=lambda model: {
+            "audio_mel": draw(BATCH, 40, 16),
+            "audio_mel_mask": torch.arange(40) >= torch.tensor([[40], [28]]),
         },
     ),
     "gemma3n_text": Row(config=GEMMA3N),
