@@ -267,6 +267,12 @@ ROWS: dict[str, Row] = {
     "gemma4_audio": Row(
         config={"subsampling_conv_channels": [16, 8], "output_proj_dims": 32},
         inputs=lambda model: {"input_features": draw(BATCH, 128, 16)},
+        calls={
+            "forward": lambda model: {
+                "input_features": draw(BATCH, 128, 16),
+                "attention_mask": frames(128, 84),
+            }
+        },
     ),
     "glmasr": Row(
         config={
