@@ -24,10 +24,19 @@ MIMI = {
     "num_quantizers": 4,
     "sliding_window": 6,
 }
-# Clap's audio tower: 16 x 16 patches in windows of 4 x 4, shifted in every other layer.
+# A wave's convolutions with a stride of 10 instead of 320.
+WAVE = {
+    "conv_dim": [8, 8],
+    "conv_stride": [5, 2],
+    "conv_kernel": [10, 3],
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 4,
+}
+# Clap's audio tower: 8 x 8 patches in windows of 4 x 4, shifted in every other layer.
 CLAP = {
-    "spec_size": 64,
-    "num_mel_bins": 16,
+    "spec_size": 32,
+    "num_mel_bins": 8,
     "window_size": 4,
     "depths": [2, 2],
     "num_attention_heads": [2, 4],
@@ -62,6 +71,7 @@ GRANITE = {
     "downsample_rate": 3,
 }
 FASTSPEECH = {
+    "speaking_speed": 10.0,
     "encoder_linear_units": 48,
     "decoder_linear_units": 48,
     "speech_decoder_postnet_units": 16,
@@ -70,6 +80,20 @@ FASTSPEECH = {
     "pitch_predictor_channels": 16,
     "decoder_kernel_size": 7,
 }
+
+
+def half_a_wave(model: Any) -> dict[str, Any]:
+    """Two waves, the second half as long."""
+    return {"input_values": draw(BATCH, 400), "attention_mask": frames(400, 200)}
+
+
+def converse(model: Any) -> dict[str, Any]:
+    """A text of twelve tokens, and two voices of as many frames."""
+    return {
+        "input_ids": tokens(),
+        "user_input_values": draw(BATCH, 1, 96),
+        "moshi_input_values": draw(BATCH, 1, 96) / 2,
+    }
 
 
 def codes(length: int, books: int) -> Tensor:
@@ -133,6 +157,7 @@ ROWS: dict[str, Row] = {
             "semantic_config": {"output_vocab_size": 64},
             "coarse_acoustics_config": {"output_vocab_size": 64},
             "fine_acoustics_config": {"output_vocab_size": 99, "n_codes_total": 3},
+            "codec_config": ENCODEC,
         },
         calls={
             "forward": None,
@@ -162,12 +187,12 @@ ROWS: dict[str, Row] = {
         config={"audio_config": CLAP},
         inputs=lambda model: {
             "input_ids": tokens(),
-            "input_features": draw(BATCH, 1, 256, 16),
+            "input_features": draw(BATCH, 1, 128, 8),
         },
-        calls={"get_audio_features": lambda model: {"input_features": draw(BATCH, 1, 256, 16)}},
+        calls={"get_audio_features": lambda model: {"input_features": draw(BATCH, 1, 128, 8)}},
     ),
     "clap_audio_model": Row(
-        config=CLAP, inputs=lambda model: {"input_features": draw(BATCH, 1, 256, 16)}
+        config=CLAP, inputs=lambda model: {"input_features": draw(BATCH, 1, 128, 8)}
     ),
     "clvp": Row(
         config={
@@ -219,6 +244,10 @@ ROWS: dict[str, Row] = {
             },
         },
     ),
+    "data2vec-audio": Row(
+        config={**WAVE, "conv_pos_kernel_size": 5},
+        calls={"forward": half_a_wave},
+    ),
     "dia": Row(
         config={"decoder_config": {"cross_num_attention_heads": 4}},
         more=lambda model: {"decoder_input_ids": codes(6, 9)},
@@ -241,6 +270,7 @@ ROWS: dict[str, Row] = {
             "chunk_sample_lengths": torch.tensor([96 * 160, 50 * 160]),
         },
     ),
+    "fastspeech2_conformer": Row(config=FASTSPEECH),
     "fastspeech2_conformer_with_hifigan": Row(
         config={
             "model_config": FASTSPEECH,
@@ -316,6 +346,7 @@ ROWS: dict[str, Row] = {
     "granite_speech_plus_encoder": Row(
         config=CONFORMER, inputs=lambda model: {"hidden_states": draw(BATCH, 22, 32)}
     ),
+    "hubert": Row(config=WAVE, calls={"forward": half_a_wave}),
     "kyutai_speech_to_text": Row(
         config={
             "codebook_vocab_size": 65,
@@ -388,6 +419,26 @@ ROWS: dict[str, Row] = {
                 "decoder_input_ids": tokens(6, seed=2),
             }
         },
+    ),
+    "moshi": Row(
+        config={
+            "num_codebooks": 4,
+            "sliding_window": 5,
+            "ffn_dim": 48,
+            "audio_encoder_config": MIMI,
+            "depth_decoder_config": {"ffn_dim": 48, "input_size": 32, "num_codebooks": 4},
+        },
+        model="MoshiForConditionalGeneration",
+        inputs=converse,
+        calls={
+            "forward": lambda model: {
+                **converse(model),
+                "text_labels": tokens(seed=5),
+                "audio_labels": codes(12, 4).transpose(1, 2),
+            }
+        },
+        reference="sdpa",
+        because="without a mask its depth decoder's eager attention sees the future",
     ),
     "moshi_depth": Row(
         config={"input_size": 32, "ffn_dim": 48, "num_codebooks": 8},
