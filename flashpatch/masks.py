@@ -65,6 +65,14 @@ COMPUTE_WITH_MASKS: dict[str, Callable[..., Tensor | None]] = {
     "t5gemma2_decoder": masking_utils.sdpa_mask,
 }
 
+# Models whose attention says that it is causal and, as they run on eager attention alone, is not
+# where it is given no mask: the images that bridgetower shows to its text.
+NONE_IS_NO_MASK = frozenset(("bridgetower", "bridgetower_text_model"))
+
+# Models whose last layers, where they share the keys of others, are given the last queries alone
+# and what was the mask of all, sliced as a dense one is.
+DROP_QUERIES = frozenset(("gemma4_text", "gemma4_unified_text"))
+
 
 def fpatch_mask(
     batch_size: int,
@@ -118,8 +126,12 @@ def fpatch_mask(
         "device": device,
         **kwargs,
     }
-    if model_type in COMPUTE_WITH_MASKS:
-        return COMPUTE_WITH_MASKS[model_type](
+    whole = COMPUTE_WITH_MASKS.get(model_type)
+    sharing = config.num_kv_shared_layers if model_type in DROP_QUERIES else 0
+    if sharing and sharing == config.num_hidden_layers:  # an assistant, which flips its masks
+        whole = masking_utils.sdpa_mask
+    if whole is not None:
+        return whole(
             **given,
             allow_is_causal_skip=allow_is_causal_skip,
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,
@@ -130,6 +142,8 @@ def fpatch_mask(
             return None
         if (
             allow_is_causal_skip
+            and model_type not in NONE_IS_NO_MASK
+            and not (sharing and q_length > 1)
             and not local
             and _none_is_causal(q_length, kv_length, q_offset, kv_offset)
         ):
@@ -261,6 +275,19 @@ def unpack(tensor: Tensor, n_queries: int, n_keys: int) -> Mask:
     raise ValueError(
         f"a mask of shape {list(tensor.shape)} is not for {n_queries} queries and {n_keys} keys"
     )
+
+
+def of_last_queries(tensor: Tensor | None, n_queries: int, n_keys: int) -> Tensor | None:
+    """The mask of a model's last queries, from one that `pack` made for all of them.
+
+    Sliced in its third dimension as a dense mask is, one with runs has remained whole.
+    """
+    if tensor is None or tensor.dtype != torch.int32 or tensor.shape[2] > 1:
+        return tensor
+    given = (tensor.shape[3] - n_keys) // 2
+    if given <= n_queries:
+        return tensor
+    return tensor[..., 2 * (given - n_queries) :]
 
 
 def read_once(tensor: Tensor, n_queries: int, n_keys: int) -> Mask:

@@ -1,5 +1,7 @@
 """What is told of the architectures of the installed transformers."""
 
+from pathlib import Path
+
 import pytest
 import transformers
 
@@ -62,6 +64,13 @@ def test_the_document_has_a_row_for_each_type_with_attention():
     assert "| llama | interface |" in text
     assert "| resnet |" not in text
     assert "- 1 without attention" in text
+
+
+def test_the_committed_document_is_that_of_the_tested_transformers():
+    text = (Path(__file__).parent.parent / "ARCHITECTURES.md").read_text("utf-8")
+    if f"transformers {transformers.__version__}\n" not in text:
+        pytest.skip("written with another transformers")
+    assert text == as_markdown(coverage())
 
 
 def test_every_class_that_is_named_for_the_installed_transformers_exists():

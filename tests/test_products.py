@@ -388,3 +388,96 @@ def test_sizes_are_split_as_views_split_them(coarse, fine, expected):
     if expected is not None:
         x = torch.arange(math.prod(coarse) * 5).view(*coarse, 5)
         assert torch.equal(spread(x, coarse=coarse, fine=fine), x.view(*fine, 5))
+
+
+# Positions in two axes: a bias of heights and one of widths, each from the queries.
+
+HEIGHT, WIDTH = 3, 3
+HEIGHTS, WIDTHS = (numbers(7, size, D, seed=seed).detach() for size, seed in ((3, 6), (3, 7)))
+
+
+def of_heights_and_widths(q: Tensor) -> tuple[Tensor, Tensor]:
+    """[B * H, N, 1, HEIGHT, 1] and [B * H, N, 1, 1, WIDTH], for queries in one column."""
+    column = q.reshape(B * H, N, 1, D)
+    rel_h = torch.einsum("bhwc,hkc->bhwk", column, HEIGHTS)
+    rel_w = torch.einsum("bhwc,hkc->bhwk", column, WIDTHS)
+    return rel_h[..., None], rel_w[..., None, :]
+
+
+def with_a_bias_in_the_shape_of_the_scores(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    q, k, v = (x.reshape(B * H, -1, D) for x in (q, k, v))
+    scores = (q * 0.3) @ k.transpose(-2, -1)
+    rel_h, rel_w = of_heights_and_widths(q)
+    scores = scores + (rel_h + rel_w).reshape_as(scores)
+    return (scores.softmax(dim=-1) @ v).view(B, H, N, D)
+
+
+def with_scores_split_and_joined(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    q, k, v = (x.reshape(B * H, -1, D) for x in (q, k, v))
+    scores = (q * 0.3) @ k.transpose(-2, -1)
+    rel_h, rel_w = of_heights_and_widths(q)
+    scores = scores.view(B * H, N, 1, HEIGHT, WIDTH) + rel_h + rel_w
+    return (scores.view(B * H, N, M).softmax(dim=-1) @ v).view(B, H, N, D)
+
+
+def with_a_row_of_keys_hidden(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    hidden = torch.arange(HEIGHT)[:, None] == 1
+    scores = (q @ k.transpose(-2, -1)).view(B, H, N, HEIGHT, WIDTH)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    return scores.view(B, H, N, M).softmax(dim=-1) @ v
+
+
+def with_a_mask_expanded_to_the_scores(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1)
+    hidden = (torch.arange(M) > M - 3).expand_as(scores)
+    return scores.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ v
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        with_a_bias_in_the_shape_of_the_scores,
+        with_scores_split_and_joined,
+        with_a_row_of_keys_hidden,
+        with_a_mask_expanded_to_the_scores,
+    ],
+)
+def test_scores_are_followed_where_their_shape_is_used_or_split(way, engine):
+    expected = step(way)
+    ours = step(reading, way)
+    assert len(engine) == 1
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def over_widths(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    scores = (q @ k.transpose(-1, -2)).view(B, H, N, HEIGHT, WIDTH)
+    return scores.softmax(dim=-1).view(B, H, N, M) @ v
+
+
+def test_a_softmax_over_widths_alone_is_no_attention(engine):
+    def way(*given: Tensor) -> Any:
+        with Reading(Settings()):
+            out = over_widths(*given)
+        return released(out, weights=True)
+
+    expected, ours = step(over_widths), step(way)
+    assert not engine
+    torch.testing.assert_close(ours, expected)
+
+
+def test_an_einsum_may_be_given_its_tensors_in_a_list(engine):
+    def way(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        scores = torch.einsum("bhlk,bhtk->bhlt", [q, k])
+        return torch.einsum("bhlt,bhtv->bhlv", [scores.softmax(-1), v])
+
+    expected = step(way)
+    ours = step(reading, way)
+    assert len(engine) == 1
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_only_a_tensor_knows_of_scores_can_be_asked_while_they_are_read(engine):
+    q, k, _, _ = inputs()
+    with Reading(Settings()):
+        # the scores were computed within the reading, which made a product of them, without end
+        assert (q @ k.transpose(-1, -2)).requires_grad

@@ -77,7 +77,7 @@ def build(model_type: str, row: Row) -> Any:
     model = cls._from_config(config, attn_implementation=row.reference)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.is_floating_point():
+            if not parameter.is_floating_point() or not parameter.numel():
                 continue
             if parameter.ndim > 1:
                 parameter.normal_(0, parameter[0].numel() ** -0.5)
@@ -144,7 +144,9 @@ def tensors_of(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield path, output
     elif isinstance(output, Mapping):
         for name, value in output.items():
-            yield from tensors_of(value, f"{path}.{name}")
+            # attention weights, which some models return unasked, are none where an engine computes
+            if "attentions" not in name:
+                yield from tensors_of(value, f"{path}.{name}")
     elif isinstance(output, tuple | list):
         for index, value in enumerate(output):
             yield from tensors_of(value, f"{path}[{index}]")
@@ -181,6 +183,9 @@ def of_tokens(outputs: dict[str, Tensor], real: Tensor) -> dict[str, Tensor]:
 def step(model: Any, call: Call) -> Step:
     """One forward and backward pass; of padded tokens nothing is looked at."""
     model.zero_grad()
+    # what a model keeps while it is not trained would hold the graph of the step before
+    model.train()
+    model.eval()
     outputs = dict(tensors_of(call.run(model)))
     mask = call.arguments.get("attention_mask")
     if mask is not None and mask.ndim == 2:
@@ -197,7 +202,11 @@ def step(model: Any, call: Call) -> Step:
         total.backward()
     return Step(
         {name: x.detach().clone() for name, x in outputs.items()},
-        {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+        {
+            n: p.grad.clone()
+            for n, p in model.named_parameters()
+            if p.grad is not None and p.numel()
+        },
     )
 
 
@@ -270,7 +279,11 @@ def generated(model: Any, call: Call) -> Tensor | None:
     """The tokens of greedy generation with a cache; None where the class cannot."""
     if not model.can_generate() or call.method != "forward":
         return None
-    arguments = {n: x for n, x in call.arguments.items() if not n.startswith("decoder_")}
+    arguments = {
+        n: x.clone() if isinstance(x, Tensor) else x  # some write into their inputs
+        for n, x in call.arguments.items()
+        if not n.startswith("decoder_")
+    }
     if getattr(model.config, "is_encoder_decoder", False):
         arguments["decoder_start_token_id"] = 1
     out = model.generate(**arguments, do_sample=False, min_new_tokens=4, max_new_tokens=4)

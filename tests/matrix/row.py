@@ -17,7 +17,8 @@ class Row:
         calls: Entries besides `forward`: name of a method, which may be one of a part of the model
             ("encoder.forward") -> (model) -> its arguments; None leaves out one that would be
             tried, "forward" too.
-        reference: The attention that is right where the model's eager one is known to be wrong.
+        reference: The attention that is right where the model's eager one is known to be wrong;
+            a dict says it for each config within.
         paddings: How token masks may be padded; fewer where the model itself mixes padding in.
         generates: Whether greedy generation is compared, if the class can generate.
         because: Why `reference`, `paddings` or `generates` differ, or what else is to be known.
@@ -28,7 +29,7 @@ class Row:
     inputs: Callable[[Any], dict[str, Any]] | None = None
     more: Callable[[Any], dict[str, Any]] | None = None
     calls: Mapping[str, Callable[[Any], dict[str, Any]] | None] = field(default_factory=dict)
-    reference: str = "eager"
+    reference: str | dict[str, str] = "eager"
     paddings: tuple[str, ...] = ("left", "right")
     generates: bool = True
     because: str = ""
