@@ -97,6 +97,8 @@ TOWERS = ("get_image_features", "get_audio_features")
 
 def calls_of(model: Any, row: Row) -> list[Call]:
     """What the row calls: `forward`, and each tower that has a method of its own."""
+    if row.calls.get("forward", row) is None:
+        return [Call(method, make(model)) for method, make in row.calls.items() if make]
     if row.inputs is None:
         arguments = inputs_by_name(model)
     else:
