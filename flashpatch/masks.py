@@ -58,6 +58,8 @@ COMPUTE_WITH_MASKS: dict[str, Callable[..., Tensor | None]] = {
     "dots3_note_text": masking_utils.sdpa_mask,
     "glm_moe_dsa": masking_utils.sdpa_mask,
     "hy_v4": masking_utils.sdpa_mask,
+    "informer": masking_utils.eager_mask,
+    "lasr_encoder": masking_utils.sdpa_mask,
     "lightglue": masking_utils.sdpa_mask,
     "mistral_large4_text": masking_utils.sdpa_mask,
     "nllb-moe": masking_utils.eager_mask,

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode, handle_torch_function
 from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 from flashpatch.dispatch import Settings, attend, dropout_seed, fall_back
 from flashpatch.masks import expand, read_once
@@ -38,7 +39,7 @@ class UnreadableError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """What a product has become: softmax(q k^T * scale + biases, masked), with dropout.
+    """What a product has become: softmax(cap(q k^T * scale) + biases, masked), with dropout.
 
     Attributes:
         q: [*lead, N, D], each size of lead may be 1.
@@ -48,6 +49,7 @@ class Terms:
         rows: N as the class has now split it, such as (height, width); (N,) where it has not.
         columns: M, likewise.
         scale: Factor on q k^T.
+        softcap: That of `Options`, of cap(s) = softcap * tanh(s / softcap); None is cap(s) = s.
         biases: Added to the scores, [*lead, N, M], each size may be 1.
         masks: bool, true where a key is seen, likewise; or int32 as `masks.pack` makes it.
         dtype: That which the class would have now.
@@ -62,6 +64,7 @@ class Terms:
     rows: Lead
     columns: Lead
     scale: float = 1.0
+    softcap: float | None = None
     biases: tuple[Tensor, ...] = ()
     masks: tuple[Tensor, ...] = ()
     dtype: torch.dtype = torch.float32
@@ -132,6 +135,8 @@ class Terms:
         """Times a number, or a tensor that has one for each query."""
         if self.softmax:
             raise UnreadableError
+        if isinstance(factor, Tensor) and self.softcap is not None:
+            factor = number(factor)
         if isinstance(factor, Tensor):
             factor = self.fitted(factor)
             if factor.shape[-1] != 1 or not factor.is_floating_point():
@@ -141,7 +146,50 @@ class Terms:
         if isinstance(factor, bool) or not isinstance(factor, int | float):
             raise UnreadableError
         biases = tuple(b * factor for b in self.biases)
-        return replace(self, scale=self.scale * factor, biases=biases)
+        softcap = self.softcap
+        if softcap is not None:
+            if factor <= 0:
+                raise UnreadableError
+            softcap *= factor
+        return replace(self, scale=self.scale * factor, softcap=softcap, biases=biases)
+
+    def capped(self) -> "Terms":
+        """The hyperbolic tangent of the scores."""
+        if self.softmax or self.masks or self.softcap is not None:
+            raise UnreadableError
+        terms = self.with_biases_in_product() if self.biases else self
+        return replace(terms, softcap=1.0)
+
+    def with_biases_in_product(self) -> "Terms":
+        """The biases as parts of the product: q k^T + b is [q, b] [k, I]^T, I the unit matrix."""
+        m = self.sizes[1]
+        if m > FEW_KEYS or self.scale == 0:
+            raise UnreadableError
+        bias = sum(self.biases[1:], self.biases[0]) / self.scale
+        shape = (*self.lead, *self.sizes)
+        q = torch.cat((self.q.expand(*shape[:-1], -1), bias.to(self.q.dtype).expand(shape)), -1)
+        unit = torch.eye(m, dtype=self.k.dtype, device=self.k.device)
+        k = torch.cat((self.k, unit.expand(*self.k.shape[:-1], -1)), -1)
+        return replace(self, q=q, k=k, biases=())
+
+    def permuted(self, order: Lead) -> "Terms":
+        """With the sizes before N and M in another order."""
+        count = len(self.lead)
+        order = tuple(place % (count + 2) for place in order)
+        if self.shape != (*self.lead, *self.sizes) or order[count:] != (count, count + 1):
+            raise UnreadableError
+        if any(m.dtype == torch.int32 for m in self.masks):
+            raise UnreadableError
+        lead = tuple(self.lead[place] for place in order[:count])
+        return replace(
+            self,
+            q=self.q.permute(order),
+            k=self.k.permute(order),
+            lead=lead,
+            shown=lead,
+            biases=tuple(b.permute(order) for b in self.biases),
+            masks=tuple(m.permute(order) for m in self.masks),
+        )
 
     def plus(self, x: Any) -> "Terms":
         """With a mask or a bias added."""
@@ -185,11 +233,31 @@ class Terms:
         options = Options(
             mask=mask,
             scale=self.scale,
+            softcap=self.softcap,
             bias=bias,
             dropout=self.dropout,
             seed=dropout_seed(self.dropout, q.device),
         )
         return q.to(v.dtype), k.to(v.dtype), v, options
+
+
+# So many keys may be dimensions of a product; with more of them it would be larger than the scores.
+FEW_KEYS = 64
+# Tensors of one number -> their version and that number.
+_READ: Any = WeakIdKeyDictionary()
+
+
+def number(x: Tensor) -> float:
+    """The value of a constant tensor of one number, read from its device once.
+
+    What torch.compile traces has no values.
+    """
+    if x.numel() != 1 or x.requires_grad or torch.compiler.is_compiling():
+        raise UnreadableError
+    version = 0 if x.is_inference() else x._version
+    if _READ.get(x, (None,))[0] != version:
+        _READ[x] = version, float(x)
+    return _READ[x][1]
 
 
 def tail(shape: Lead, size: int) -> tuple[Lead, Lead]:
@@ -718,6 +786,11 @@ def _view(reading: Reading, x: Product, *shape: Any) -> Terms:
     return _of(x).view(shape)
 
 
+def _permute(reading: Reading, x: Product, *order: Any, dims: Any = None) -> Terms:
+    order = order if dims is None else (dims,)
+    return _of(x).permuted(tuple(order[0] if len(order) == 1 else order))
+
+
 def _view_as(reading: Reading, x: Any, other: Any) -> Any:
     """A tensor may be given the shape of a product, which is known before it is computed."""
     return _of(x).view(tuple(other.shape)) if isinstance(x, Product) else x.reshape(other.shape)
@@ -786,6 +859,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "true_divide": _over,
     "truediv": _over,
     "softmax": _softmax,
+    "tanh": lambda reading, x: _of(x).capped(),
     "dropout": _dropout,
     "view": _view,
     "reshape": _view,
@@ -793,6 +867,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "reshape_as": _view_as,
     "expand_as": _expand_as,
     "unsqueeze": _unsqueeze,
+    "permute": _permute,
     "masked_fill": _masked_fill,
     "where": _where,
     "max": _at_least,

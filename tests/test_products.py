@@ -126,6 +126,28 @@ def with_keys_of_one_head(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tens
     return scores.float().softmax(-1).type_as(q) @ v[:, :1]
 
 
+SOFTCAP = torch.tensor(2.0)
+
+
+def with_capped_scores(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    scores = torch.tanh((q @ k.transpose(-1, -2)) * 0.3 / SOFTCAP) * SOFTCAP
+    return (scores + bias).softmax(-1) @ v
+
+
+def with_capped_scores_and_biases(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    scores = (q @ k.transpose(-1, -2) * 0.3 + bias) / SOFTCAP + bias[..., :1, :]
+    scores = torch.tanh(scores) * SOFTCAP
+    later = torch.ones(N, M, dtype=torch.bool).triu(3)
+    return scores.masked_fill(later, -1e9).softmax(-1) @ v
+
+
+def with_heads_in_another_place(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    scores = q.transpose(0, 1) @ k.transpose(0, 1).mT + bias.transpose(0, 1)
+    weights = scores.masked_fill(bias.transpose(0, 1) < -1, -torch.inf).softmax(-1)
+    flat = weights.permute(1, 0, 2, 3).reshape(-1, N, M)
+    return torch.bmm(flat, v.reshape(B * H, M, D)).view(B, H, N, D)
+
+
 def by_pytorch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=0.3)
 
@@ -147,6 +169,9 @@ WAYS = [
     with_a_scale_of_each_head,
     with_windows,
     with_keys_of_one_head,
+    with_capped_scores,
+    with_capped_scores_and_biases,
+    with_heads_in_another_place,
     by_pytorch,
     by_pytorch_with_heads_in_the_batch,
 ]
@@ -292,6 +317,18 @@ def test_dropout_is_drawn_by_the_engine_and_follows_the_seed(engine):
     assert engine[0].dropout == 0.5
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
+
+
+def test_a_softcap_is_read_again_when_it_changes(engine):
+    softcap = torch.tensor(2.0)
+
+    def way(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return (torch.tanh(q @ k.transpose(-1, -2) / softcap) * softcap).softmax(-1) @ v
+
+    reading(way, *inputs())
+    softcap.fill_(3.0)
+    reading(way, *inputs())
+    assert [options.softcap for options in engine] == [2.0, 3.0]
 
 
 def test_pytorchs_own_module_is_served(engine):

@@ -236,6 +236,7 @@ def read_call(
     all.
     """
     n, m = q.shape[2], k.shape[2]
+    q, k, v = one_batch(q, k, v)
     position_bias = kwargs.get("position_bias")
     if causal and m > n:
         # an empty StaticCache: the keys beyond the queries are unwritten (upper-left alignment)
@@ -270,6 +271,14 @@ def read_call(
         seed=dropout_seed(dropout, q.device),
     )
     return q, k, v, options
+
+
+def one_batch(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in a batch of one size: queries that are parameters may come once for all."""
+    sizes = {x.shape[0] for x in tensors}
+    if len(sizes) == 1:
+        return tensors
+    return tuple(x.expand(max(sizes), -1, -1, -1) for x in tensors)
 
 
 def keep_documents_apart(

@@ -8,6 +8,10 @@ CLAMPED = Reason(
 ADDITIVE = Reason("ADDITIVE", "its scores are a network of query and key, not their product")
 
 LEFT: dict[str, Reason] = {
+    "transformers.models.groupvit.modeling_groupvit.GroupViTAssignAttention": Reason(
+        "HARD_ASSIGNMENT",
+        "each token goes to the one group that claims it most: no softmax over tokens is taken",
+    ),
     "transformers.models.grounding_dino.modeling_grounding_dino"
     ".GroundingDinoBiMultiHeadAttention": CLAMPED,
     "transformers.models.mm_grounding_dino.modeling_mm_grounding_dino"

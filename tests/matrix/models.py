@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from flashpatch import dispatch
+from flashpatch.architectures import model_classes
 from flashpatch_kernels.engines import TILED
 
 # Where a model class is looked for; those that generate come first.
@@ -51,17 +52,7 @@ def model_class(config: Any) -> type[PreTrainedModel]:
         found = mapping.get(type(config), None)
         if found is not None:
             return found[0] if isinstance(found, tuple) else found
-    module = importlib.import_module(
-        type(config).__module__.replace(".configuration_", ".modeling_")
-    )
-    classes = [
-        cls
-        for _, cls in inspect.getmembers(module, inspect.isclass)
-        if issubclass(cls, PreTrainedModel)
-        and cls.__module__ == module.__name__
-        and not cls.__name__.endswith("PreTrainedModel")
-        and cls.config_class is type(config)
-    ]
+    classes = [c for c in model_classes(type(config)) if not c.__name__.endswith("PreTrainedModel")]
     if not classes:
         raise LookupError(f"{type(config).__name__} has no model class")
     return min(classes, key=lambda c: (not c.__name__.endswith("Model"), len(c.__name__)))

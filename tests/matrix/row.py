@@ -14,8 +14,9 @@ class Row:
         model: Name of the model class, instead of the one that the auto classes give.
         inputs: (model) -> arguments of `forward`, instead of those made by name.
         more: (model) -> arguments that take the place of some of the generic ones.
-        calls: Entries besides `forward`: name of a method -> (model) -> its arguments; None leaves
-            out one that would be tried.
+        calls: Entries besides `forward`: name of a method, which may be one of a part of the model
+            ("encoder.forward") -> (model) -> its arguments; None leaves out one that would be
+            tried, "forward" too.
         reference: The attention that is right where the model's eager one is known to be wrong;
             a dict says it for each config within.
         paddings: How token masks may be padded; fewer where the model itself mixes padding in.

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from matrix.inputs import BATCH, draw, patches_of, pixels, tokens
+from matrix.inputs import BATCH, draw, grid, patches_of, pixels, tokens
 from matrix.row import Row
 from torch import Tensor
 
@@ -24,17 +24,22 @@ def with_image(count: int) -> Any:
 
 def with_square_grids(model: Any) -> dict[str, Any]:
     """An image of four by four patches for each sequence, of which two by two are merged."""
-    grid = torch.tensor([[1, 4, 4]] * BATCH)
-    size = patches_of(model).shape[-1]
-    patches = draw(BATCH, 16, size)
-    return {"input_ids": around_image(4), "pixel_values": patches, "image_grid_thw": grid}
+    return {
+        "input_ids": around_image(4),
+        "pixel_values": draw(BATCH, 16, patches_of(model).shape[-1]),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * BATCH),
+    }
 
 
-def with_positions(model: Any, sizes: str = "image_position_ids") -> dict[str, Any]:
-    """Two images of patches whose places are given, the second of fewer that fill it."""
-    places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(BATCH, 16, 2).clone()
-    patches = draw(BATCH, 16, 3 * 4 * 4)
-    return {"pixel_values": patches, sizes: places}
+def emu_image(model: Any) -> dict[str, Any]:
+    """An image for each sequence, and how large it is."""
+    return {"pixel_values": draw(BATCH, 3, 8, 8), "image_sizes": torch.tensor([[8, 8]] * BATCH)}
+
+
+def with_positions(model: Any, name: str = "image_position_ids") -> dict[str, Any]:
+    """An image of four by four patches for each sequence, whose places are given."""
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(BATCH, 16, 2)
+    return {"pixel_values": draw(BATCH, 16, 3 * 4 * 4), name: places}
 
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -43,6 +48,7 @@ IN_THREE_AXES = {
 }
 # Codes of an image, as tokens of the text's vocabulary.
 CODES = {f"IMGIMG{letter}Z": 80 + n for n, letter in enumerate("ABCDEFGH")}
+EMU_CODES = {f"<|visual token {n:06}|>": 80 + n for n in range(8)}
 
 # Layers of both kinds, of which those that see all have larger heads.
 ALTERNATING = {
@@ -66,6 +72,7 @@ GEMMA3N = {
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 99,
     "laurel_rank": 8,
+    "intermediate_size": 48,
 }
 PATCHES = {
     "patch_size": 4,
@@ -94,7 +101,11 @@ OCR_SAM = {
     "downsample_channels": [16, 32],
 }
 OCR_VISION = {"sam_config": OCR_SAM, "encoder_config": {"num_key_value_heads": 4}}
-ERNIE = {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}, "num_key_value_heads": 2}
+ERNIE = {
+    "rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]},
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": [48, 24],
+}
 DAVIT = {
     "embed_dim": [16, 32],
     "depths": [1, 1],
@@ -203,8 +214,8 @@ ROWS: dict[str, Row] = {
         },
         more=with_image(9),
         reference="sdpa",
-        because="Its attention is bidirectional. Eager attention is given a causal mask nevertheless "
-        "where no token types are passed.",
+        because="Its attention is bidirectional. Eager attention is given a causal mask "
+        "nevertheless where no token types are passed.",
     ),
     "colqwen2": Row(
         config={"vlm_config": {"image_token_id": IMAGE, "text_config": IN_THREE_AXES}},
@@ -221,6 +232,23 @@ ROWS: dict[str, Row] = {
     "deepseek_ocr2_text": Row(config=OCR_TEXT),
     "deepseek_ocr2_vision": Row(config=OCR_VISION),
     "deepseek_vl": Row(config={"image_token_id": IMAGE}, more=with_image(16)),
+    "deepseek_vl_hybrid": Row(
+        config={
+            "image_token_id": IMAGE,
+            "high_res_vision_config": {
+                "image_size": 32,
+                "patch_size": 4,
+                "window_size": 3,
+                "global_attn_indexes": [1],
+                "output_channels": 8,
+            },
+        },
+        more=lambda model: {
+            "input_ids": around_image(16),
+            "high_res_pixel_values": draw(BATCH, 3, 32, 32),
+            "pixel_values": draw(BATCH, 3, 64, 64),
+        },
+    ),
     "diffusion_gemma": Row(
         config={
             "image_token_id": IMAGE,
@@ -237,6 +265,57 @@ ROWS: dict[str, Row] = {
         generates=False,
         because="It generates by drawing noise.",
     ),
+    "dots3_note": Row(
+        model="Dots3NoteForConditionalGeneration",
+        config={
+            "image_token_id": IMAGE,
+            "text_config": {
+                "layer_types": ["indexed_attention", "sliding_attention"],
+                "mlp_layer_types": ["dense", "sparse"],
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "n_routed_experts": 4,
+                "moe_intermediate_size": 48,
+                "shared_experts_intermediate_size": 48,
+                "qk_nope_head_dim": 8,
+                "qk_rope_head_dim": 8,
+                "v_head_dim": 8,
+                "head_dim": 16,
+                "index_topk": 4,
+                "index_n_heads": 2,
+                "index_head_dim": 16,
+                "sliding_window": 4,
+                "swa_num_attention_heads": 2,
+                "swa_num_key_value_heads": 2,
+                "swa_q_lora_rank": 16,
+                "swa_kv_lora_rank": 16,
+                "swa_qk_nope_head_dim": 8,
+                "swa_head_dim": 16,
+                "swa_v_head_dim": 16,
+            },
+            "vision_config": {
+                "pyramid_num_routed": [-1, 4],
+                "moe_intermediate_size": 48,
+                "adapter_in_dim": 32,
+                "adapter_out_dim": 32,
+            },
+            "audio_config": {
+                "adapter_input_size": 32,
+                "adapter_out_dim": 32,
+                "downsample_hidden_size": 16,
+            },
+        },
+        calls={
+            "model.get_image_features": lambda model: {
+                "pixel_values": patches_of(model),
+                "image_grid_thw": grid(model),
+            },
+            "get_audio_features": lambda model: {
+                "input_features": draw(BATCH, 16, 64),
+                "chunk_sample_lengths": torch.tensor([64 * 160, 40 * 160]),
+            },
+        },
+    ),
     "embedding_gemma2": Row(
         config={"text_config": {**ALTERNATING, "hidden_size_per_layer_input": 8}},
         inputs=lambda model: {"input_ids": tokens()},
@@ -246,12 +325,24 @@ ROWS: dict[str, Row] = {
     "emu3": Row(
         model="Emu3ForConditionalGeneration",
         config={
-            "vocabulary_map": {"<image>": IMAGE, **CODES},
+            "vocabulary_map": {"<image>": IMAGE, "<|extra_200|>": 79, **EMU_CODES},
+            "text_config": {"num_key_value_heads": 2},
+            "vq_config": {
+                "codebook_size": 8,
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "num_res_blocks": 1,
+                "attn_resolutions": [1],
+                "hidden_size": 32,
+                "temporal_downsample_factor": 2,
+            },
         },
+        more=lambda model: {**emu_image(model), "input_ids": around_image(20)},
+        calls={"model.get_image_features": emu_image},
+        because="The codes of an image end each of its rows with one more.",
     ),
     "ernie4_5_vl_moe": Row(config={"text_config": ERNIE}),
     "ernie4_5_vl_moe_text": Row(config=ERNIE),
-    "exaone4_5": Row(),
     "fast_vlm": Row(
         config={
             "image_token_index": IMAGE,
@@ -277,6 +368,18 @@ ROWS: dict[str, Row] = {
         more=lambda model: {
             **with_image(4)(model),
             "token_type_ids": (around_image(4) == IMAGE).long(),
+        },
+    ),
+    "gemma3n_audio": Row(
+        config={
+            "conf_attention_chunk_size": 4,
+            "conf_attention_context_left": 5,
+            "input_feat_size": 16,
+            "sscp_conv_channel_size": [8, 4],
+        },
+        inputs=lambda model: {
+            "audio_mel": draw(BATCH, 40, 16),
+            "audio_mel_mask": torch.arange(40) >= torch.tensor([[40], [28]]),
         },
     ),
     "gemma3n_text": Row(config=GEMMA3N),
