@@ -155,16 +155,33 @@ class Step:
     gradients: dict[str, Tensor]
 
 
+def of_tokens(outputs: dict[str, Tensor], real: Tensor) -> dict[str, Tensor]:
+    """What of the outputs belongs to tokens that are no padding.
+
+    Of sound and images, whose masks are finer than the tokens, one in several entries tells; where
+    none does, all outputs are taken.
+    """
+    batch, length = real.shape
+    for coarse in (False, True):
+        found = {}
+        for name, x in outputs.items():
+            if x.ndim < 2 or x.shape[0] != batch or not 0 < x.shape[1] <= length:
+                continue
+            factor, rest = divmod(length, x.shape[1])
+            if rest == 0 and (coarse or factor == 1):
+                found[name] = x[real[:, ::factor]]
+        if found:
+            return found
+    return outputs
+
+
 def step(model: Any, call: Call) -> Step:
     """One forward and backward pass; of padded tokens nothing is looked at."""
     model.zero_grad()
     outputs = dict(tensors_of(call.run(model)))
     mask = call.arguments.get("attention_mask")
     if mask is not None and mask.ndim == 2:
-        real = mask.bool()
-        outputs = {
-            name: x[real] for name, x in outputs.items() if x.shape[: real.ndim] == real.shape
-        }
+        outputs = of_tokens(outputs, mask.bool())
     outputs = {name: x for name, x in outputs.items() if x.numel()}
     assert outputs, "the model gives no output that can be compared"
     generator = torch.Generator().manual_seed(2)
@@ -251,4 +268,5 @@ def generated(model: Any, call: Call) -> Tensor | None:
     if not model.can_generate() or call.method != "forward":
         return None
     arguments = {n: x for n, x in call.arguments.items() if not n.startswith("decoder_")}
-    return model.generate(**arguments, do_sample=False, min_new_tokens=4, max_new_tokens=4)
+    out = model.generate(**arguments, do_sample=False, min_new_tokens=4, max_new_tokens=4)
+    return out if isinstance(out, Tensor) else out.sequences
