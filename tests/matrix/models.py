@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -50,9 +52,7 @@ def model_class(config: Any) -> type[PreTrainedModel]:
         found = mapping[type(config)] if type(config) in mapping.keys() else None
         if found is not None:
             return found[0] if isinstance(found, tuple) else found
-    module = importlib.import_module(
-        type(config).__module__.replace(".configuration_", ".modeling_")
-    )
+    module = modeling(config)
     classes = [
         cls
         for _, cls in inspect.getmembers(module, inspect.isclass)
@@ -66,13 +66,17 @@ def model_class(config: Any) -> type[PreTrainedModel]:
     return min(classes, key=lambda c: (not c.__name__.endswith("Model"), len(c.__name__)))
 
 
+def modeling(config: Any) -> ModuleType:
+    """The file of models beside a config's own."""
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    return importlib.import_module(name)
+
+
 def build(model_type: str, row: Row) -> Any:
     """A tiny model whose attention matters: weights large enough that its scores differ."""
     torch.manual_seed(0)
     config = tiny_config(model_type, row.config)
-    cls: Any = model_class(config)
-    if row.model is not None:
-        cls = getattr(importlib.import_module(cls.__module__), row.model)
+    cls: Any = model_class(config) if row.model is None else getattr(modeling(config), row.model)
     model = cls._from_config(config, attn_implementation=row.reference)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -90,13 +94,13 @@ def build(model_type: str, row: Row) -> Any:
 
 @dataclass(frozen=True)
 class Call:
-    """One method of a model and its arguments."""
+    """One method of a model, or a part of it, and its arguments."""
 
     method: str
     arguments: dict[str, Any]
 
     def run(self, model: Any) -> Any:
-        return getattr(model, self.method)(**self.arguments)
+        return attrgetter(self.method)(model)(**self.arguments)
 
 
 # Methods that run a part of the model which `forward` may not reach without images or sound.
@@ -105,13 +109,11 @@ TOWERS = ("get_image_features", "get_audio_features")
 
 def calls_of(model: Any, row: Row) -> list[Call]:
     """What the row calls: `forward`, and each tower that has a method of its own."""
-    if row.inputs is None:
-        arguments = inputs_by_name(model)
-    else:
-        arguments = row.inputs(model)
-    if row.more is not None:
-        arguments = {**arguments, **row.more(model)}
-    calls = [Call("forward", arguments)]
+    calls = []
+    if row.calls.get("forward", True) is not None:
+        arguments = inputs_by_name(model) if row.inputs is None else row.inputs(model)
+        more = {} if row.more is None else row.more(model)
+        calls.append(Call("forward", {**arguments, **more}))
     for method in dict.fromkeys((*TOWERS, *row.calls)):
         if method in row.calls:
             make = row.calls[method]
@@ -178,6 +180,7 @@ def of_tokens(outputs: dict[str, Tensor], real: Tensor) -> dict[str, Tensor]:
 def step(model: Any, call: Call) -> Step:
     """One forward and backward pass; of padded tokens nothing is looked at."""
     model.zero_grad()
+    torch.manual_seed(0)  # of a model that draws noise
     outputs = dict(tensors_of(call.run(model)))
     mask = call.arguments.get("attention_mask")
     if mask is not None and mask.ndim == 2:
@@ -268,5 +271,6 @@ def generated(model: Any, call: Call) -> Tensor | None:
     if not model.can_generate() or call.method != "forward":
         return None
     arguments = {n: x for n, x in call.arguments.items() if not n.startswith("decoder_")}
+    torch.manual_seed(0)
     out = model.generate(**arguments, do_sample=False, min_new_tokens=4, max_new_tokens=4)
     return out if isinstance(out, Tensor) else out.sequences

@@ -14,8 +14,9 @@ class Row:
         model: Name of the model class, instead of the one that the auto classes give.
         inputs: (model) -> arguments of `forward`, instead of those made by name.
         more: (model) -> arguments that take the place of some of the generic ones.
-        calls: Entries besides `forward`: name of a method -> (model) -> its arguments; None leaves
-            out one that would be tried.
+        calls: Entries besides `forward`: name of a method, or of a part such as "encoder.layer" ->
+            (model) -> its arguments; None leaves out one that would be tried. "forward" is one
+            more call of it.
         reference: The attention that is right where the model's eager one is known to be wrong.
         paddings: How token masks may be padded; fewer where the model itself mixes padding in.
         generates: Whether greedy generation is compared, if the class can generate.
