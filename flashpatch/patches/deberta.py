@@ -1,8 +1,8 @@
 """DeBERTa and SEW-D: attention of contents to positions and of positions to contents.
 
-Their encoder builds a mask and the distances of all pairs, their attention three matrices of scores
-per head. Here the encoder gives the mask as intervals and no distances, and `forward` is replaced by
-the class's own steps around attention, with the positions as the relative terms of
+Their encoders build a mask and the distances of all pairs, their attention three matrices of scores
+per head. Here the encoder gives the mask as intervals and no distances, and `forward` is replaced
+by the class's own steps around attention, with the positions as the relative terms of
 `flashpatch_kernels.options`. A call that cannot be served goes to the class's own `forward`, with
 what the encoder would have built.
 """
@@ -280,6 +280,8 @@ def _register(owner: str, version: Version) -> None:
 
 for _name, _version in VERSIONS.items():
     _register(f"transformers.models.{_name}", _version)
+
+
 def _stands_in(name: str) -> Callable[[Any], Any]:
     return lambda encoder: partial(STAND_INS[name], encoder)
 

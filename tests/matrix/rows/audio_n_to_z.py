@@ -206,7 +206,6 @@ ROWS: dict[str, Row] = {
         reference="sdpa",
         because=INVERTED,
     ),
-    "neucodec": CODEC,
     "nemotron_h_omni": Row(
         config={
             "text_config": {"n_groups": 2, "num_key_value_heads": 2},
@@ -227,6 +226,7 @@ ROWS: dict[str, Row] = {
         },
         because="its default config has no audio tower",
     ),
+    "neucodec": CODEC,
     "parakeet_ctc": Row(
         config={"encoder_config": {"subsampling_conv_channels": 16}},
         inputs=spectrogram,
