@@ -9,7 +9,7 @@ from pathlib import Path
 
 _INTERFACE = re.compile(r"(?<!MASK)_ATTENTION_FUNCTIONS\b")  # not the registry of mask functions
 _SOFTMAX = re.compile(
-    r"[sS]oftmax\(|scaled_dot_product_attention\(|MultiheadAttention\(|"
+    r"[sS]oftmax(\.apply)?\(|scaled_dot_product_attention\(|MultiheadAttention\(|"
     r"logsumexp\(|multi_head_attention_forward\("
 )
 _PRODUCT = re.compile(

@@ -1,17 +1,18 @@
-"""DeBERTa: attention of contents to positions and of positions to contents, within `forward`.
+"""DeBERTa and SEW-D: attention of contents to positions and of positions to contents.
 
-Its encoder builds a mask and the distances of all pairs, its attention three matrices of scores per
-head. Here the encoder gives the mask as intervals and no distances, and `forward` is replaced by
-the class's own steps around attention, with the positions as the relative terms of
+Their encoders build a mask and the distances of all pairs, their attention three matrices of scores
+per head. Here the encoder gives the mask as intervals and no distances, and `forward` is replaced
+by the class's own steps around attention, with the positions as the relative terms of
 `flashpatch_kernels.options`. A call that cannot be served goes to the class's own `forward`, with
 what the encoder would have built.
 """
 
+import inspect
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ TALKING_HEADS = Reason(
 
 @dataclass(frozen=True)
 class Version:
-    """What DeBERTa and DeBERTa-v2 do differently.
+    """What DeBERTa, DeBERTa-v2 and SEW-D do differently.
 
     Attributes:
         project: (module, x [B, N, E]) -> queries, keys and values, [B, H, N, D] each.
@@ -40,6 +41,7 @@ class Version:
         queries: Name of the projection of positions to what keys meet.
         terms: (module) -> how many terms the scores are the sum of.
         builds: Whether the class's own `forward` builds the distances where it is given none.
+        pairs: Whether it returns a pair even where an argument says that no weights are wanted.
     """
 
     project: Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -47,6 +49,7 @@ class Version:
     queries: str
     terms: Callable[[Any], int]
     builds: bool
+    pairs: bool = True
 
 
 def get_attention_mask(encoder: Any, attention_mask: Tensor) -> Tensor:
@@ -83,7 +86,8 @@ def forward(
     query_states: Tensor | None = None,
     relative_pos: Tensor | None = None,
     rel_embeddings: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    **kwargs: Any,
+) -> Any:
     """Stands for `DisentangledSelfAttention.forward`.
 
     Args:
@@ -95,6 +99,7 @@ def forward(
         query_states: Refused unless None.
         relative_pos: As `get_rel_pos` makes it; others are refused.
         rel_embeddings: [T, E], those of the distances, or None.
+        kwargs: What else the model passes.
 
     Returns:
         The output [B, N, H * D], and the attention weights where the original computes them.
@@ -108,17 +113,25 @@ def forward(
     else:
         given = relative_pos is None and version.builds
 
-    def original() -> tuple[Tensor, Tensor | None]:
+    def original() -> Any:
         dense = expand(mask, n, n, hidden_states, causal=False, additive=False)
         distances = relative_pos
         if given and not version.builds:
             distances = _file_of(module).build_relative_position(hidden_states, hidden_states)
         return type(module).forward(
-            module, hidden_states, dense, output_attentions, query_states, distances, rel_embeddings
+            module,
+            hidden_states,
+            dense,
+            output_attentions=output_attentions,
+            query_states=query_states,
+            relative_pos=distances,
+            rel_embeddings=rel_embeddings,
+            **kwargs,
         )
 
     arguments = {
-        "dropout": module.dropout.p if module.dropout.training else 0.0,
+        **kwargs,
+        "dropout": _probability(module.dropout),
         "output_attentions": output_attentions,
         "query_states": query_states,
         "relative_pos": relative_pos,
@@ -146,8 +159,23 @@ def forward(
         if "p2c" in module.pos_att_type:
             queries = relative("query_proj" if shared else version.queries, k)
             options = replace(options, relative_keys=queries)
-    out = attend(q, k, v, options, settings, original)
-    return out if isinstance(out, tuple) else (out.transpose(1, 2).flatten(2), None)
+    out = attend(q, k, v, options, settings, lambda: None)
+    if out is None:
+        return original()
+    out = out.transpose(1, 2).flatten(2)
+    return (out, None) if version.pairs or not _asks_for_weights(type(module)) else out
+
+
+def _probability(dropout: Any) -> float:
+    """With which PyTorch's dropout or a `StableDropout` drops now."""
+    if not dropout.training:
+        return 0.0
+    return dropout.p if hasattr(dropout, "p") else dropout.drop_prob
+
+
+@cache
+def _asks_for_weights(cls: Any) -> bool:
+    return "output_attentions" in inspect.signature(cls.forward).parameters
 
 
 def _file_of(module: Any) -> Any:
@@ -227,11 +255,22 @@ VERSIONS = {
         terms=_terms_v2,
         builds=True,
     ),
+    "sew_d.modeling_sew_d.DisentangledSelfAttention": Version(
+        project=_project_v2,
+        keys="pos_key_proj",
+        queries="pos_query_proj",
+        terms=_terms_v2,
+        builds=True,
+        pairs=False,  # in transformers 5.15
+    ),
 }
-ENCODERS = (
-    "deberta.modeling_deberta.DebertaEncoder",
-    "deberta_v2.modeling_deberta_v2.DebertaV2Encoder",
-)
+STAND_INS = {"get_attention_mask": get_attention_mask, "get_rel_pos": get_rel_pos}
+# Encoders, and what is replaced of them. SEW-D's mask is one of keys alone.
+ENCODERS = {
+    "deberta.modeling_deberta.DebertaEncoder": ("get_attention_mask", "get_rel_pos"),
+    "deberta_v2.modeling_deberta_v2.DebertaV2Encoder": ("get_attention_mask", "get_rel_pos"),
+    "sew_d.modeling_sew_d.SEWDTransformerEncoder": ("get_rel_pos",),
+}
 
 
 def _register(owner: str, version: Version) -> None:
@@ -241,15 +280,18 @@ def _register(owner: str, version: Version) -> None:
 
 for _name, _version in VERSIONS.items():
     _register(f"transformers.models.{_name}", _version)
-for _name in ENCODERS:
+
+
+def _stands_in(name: str) -> Callable[[Any], Any]:
+    return lambda encoder: partial(STAND_INS[name], encoder)
+
+
+for _name, _replaced in ENCODERS.items():
     register(
         Patch(
             f"transformers.models.{_name}",
             keyed=False,
-            swaps={
-                "get_attention_mask": lambda encoder: partial(get_attention_mask, encoder),
-                "get_rel_pos": lambda encoder: partial(get_rel_pos, encoder),
-            },
+            swaps={name: _stands_in(name) for name in _replaced},
             attends=False,
         )
     )

@@ -433,6 +433,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "qianfan_ocr.modeling_qianfan_ocr": ("QianfanOCRVisionAttention",),
     "qwen2.modeling_qwen2": ("Qwen2Attention",),
     "qwen2_5_omni.modeling_qwen2_5_omni": (
+        "DiTAttention",
         "Qwen2_5OmniAttention",
         "Qwen2_5OmniAudioAttention",
         "Qwen2_5OmniVisionAttention",

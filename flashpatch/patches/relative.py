@@ -1,9 +1,10 @@
-"""Conformers: attention with a vector per distance, Transformer-XL's or Shaw's, within `forward`.
+"""Conformers and VITS: attention with a vector per distance, Transformer-XL's or Shaw's.
 
 Their classes build the scores of these vectors as a matrix of all pairs before they call attention,
 if they call any. `forward` is replaced by the class's own steps around attention, with the vectors
 as the relative terms of `flashpatch_kernels.options`; a call that cannot be served goes to the
-class's own `forward`. Transformers 5.15 computes attention there, later releases ask the interface.
+class's own `forward`. Transformers 5.15 computes attention there, later releases ask the interface;
+VITS computes it itself, with vectors for the values too, and none beyond a window.
 """
 
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from flashpatch.dispatch import DEFAULT, Settings, attend, fall_back
 from flashpatch.inspection import calls_interface
@@ -162,6 +164,74 @@ def apply_chunk_attention(
     return pack(mask)
 
 
+def forward_within_window(
+    module: Any,
+    hidden_states: Tensor,
+    key_value_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Stands for `VitsAttention.forward`.
+
+    Args:
+        module: The attention module.
+        hidden_states: [B, N, H * D].
+        key_value_states: Of no effect.
+        attention_mask: As `fpatch_mask` makes it, or a 4-D boolean or additive mask.
+        output_attentions: Whether the attention weights are wanted.
+        kwargs: What else the model passes.
+
+    Returns:
+        The output [B, N, H * D], and the attention weights where the original computes them.
+    """
+    settings: Settings = getattr(module, "_flashpatch", DEFAULT)
+    batch, n = hidden_states.shape[:2]
+
+    def original() -> tuple[Tensor, Tensor | None]:
+        mask = expand(attention_mask, n, n, hidden_states, causal=False, additive=True)
+        mask = mask if mask is None else mask.expand(batch, -1, -1, -1)
+        return type(module).forward(
+            module,
+            hidden_states,
+            key_value_states=key_value_states,
+            attention_mask=mask,
+            output_attentions=output_attentions,
+            **kwargs,
+        )
+
+    arguments = {
+        **kwargs,
+        "dropout": module.dropout if module.training else 0.0,
+        "output_attentions": output_attentions,
+        "scaling": module.scaling,
+    }
+    blocked = why_blocked(module, settings, arguments)
+    if blocked is not None:
+        return fall_back(blocked, settings, original)
+    projections = (module.q_proj, module.k_proj, module.v_proj)
+    heads = (module.num_heads, module.head_dim)
+    q, k, v = (f(hidden_states).unflatten(2, heads).transpose(1, 2) for f in projections)
+    q, k, v, options = read_call(q, k, v, _one_row(attention_mask), False, settings, arguments)
+    if module.window_size is not None:
+        keys, values = (_zero_beyond(x) for x in (module.emb_rel_k, module.emb_rel_v))
+        first = -module.window_size - 1
+        options = replace(
+            options,
+            relative_queries=Relative(keys * options.scale, first, vectors=q),
+            relative_values=Relative(values, first),
+        )
+    out = attend(q, k, v, options, settings, original)
+    if isinstance(out, tuple):
+        return out
+    return module.out_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def _zero_beyond(embeddings: Tensor) -> Tensor:
+    """[1, T, D] with a vector of zeros at either end, [1, T + 2, D]."""
+    return functional.pad(embeddings, (0, 0, 1, 1))
+
+
 def _chunks(encoder: Any) -> Any:
     """Only where the mask is handed on as it is: transformers 5.15 computes with it."""
     attention = type(encoder.layers[0].self_attn)
@@ -182,5 +252,12 @@ register(
         keyed=False,
         swaps={"_apply_chunk_attention": _chunks},
         attends=False,
+    )
+)
+register(
+    Patch(
+        "transformers.models.vits.modeling_vits.VitsAttention",
+        swaps={"forward": lambda module: partial(forward_within_window, module)},
+        needs_key=False,
     )
 )

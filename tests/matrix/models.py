@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -58,13 +59,17 @@ def model_class(config: Any) -> type[PreTrainedModel]:
     return min(classes, key=lambda c: (not c.__name__.endswith("Model"), len(c.__name__)))
 
 
+def modeling(config: Any) -> ModuleType:
+    """The file of models beside a config's own."""
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    return importlib.import_module(name)
+
+
 def build(model_type: str, row: Row) -> Any:
     """A tiny model whose attention matters: weights large enough that its scores differ."""
     torch.manual_seed(0)
     config = tiny_config(model_type, row.config)
-    cls: Any = model_class(config)
-    if row.model is not None:
-        cls = getattr(importlib.import_module(cls.__module__), row.model)
+    cls: Any = model_class(config) if row.model is None else getattr(modeling(config), row.model)
     model = cls._from_config(config, attn_implementation=row.reference)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -97,16 +102,13 @@ TOWERS = ("get_image_features", "get_audio_features")
 
 def calls_of(model: Any, row: Row) -> list[Call]:
     """What the row calls: `forward`, and each tower that has a method of its own."""
-    if row.calls.get("forward", row) is None:
-        return [Call(method, make(model)) for method, make in row.calls.items() if make]
-    if row.inputs is None:
-        arguments = inputs_by_name(model)
-    else:
-        arguments = row.inputs(model)
-    if row.more is not None:
-        arguments = {**arguments, **row.more(model)}
-    calls = [Call("forward", arguments)]
-    for method in dict.fromkeys((*TOWERS, *row.calls)):
+    calls = []
+    if row.calls.get("forward", True) is not None:
+        arguments = inputs_by_name(model) if row.inputs is None else row.inputs(model)
+        more = {} if row.more is None else row.more(model)
+        calls.append(Call("forward", {**arguments, **more}))
+    towers = TOWERS if calls else ()
+    for method in dict.fromkeys((*towers, *row.calls)):
         if method in row.calls:
             make = row.calls[method]
             if make is not None:
@@ -177,6 +179,7 @@ def step(model: Any, call: Call) -> Step:
     # what a model keeps while it is not trained would hold the graph of the step before
     model.train()
     model.eval()
+    torch.manual_seed(0)  # of a model that draws noise
     outputs = dict(tensors_of(call.run(model)))
     mask = call.arguments.get("attention_mask")
     if mask is not None and mask.ndim == 2:
@@ -277,5 +280,6 @@ def generated(model: Any, call: Call) -> Tensor | None:
     }
     if getattr(model.config, "is_encoder_decoder", False):
         arguments["decoder_start_token_id"] = 1
+    torch.manual_seed(0)
     out = model.generate(**arguments, do_sample=False, min_new_tokens=4, max_new_tokens=4)
     return out if isinstance(out, Tensor) else out.sequences

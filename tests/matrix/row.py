@@ -16,7 +16,7 @@ class Row:
         more: (model) -> arguments that take the place of some of the generic ones.
         calls: Entries besides `forward`: name of a method, which may be one of a part of the model
             ("encoder.forward") -> (model) -> its arguments; None leaves out one that would be
-            tried, "forward" too.
+            tried, "forward" too, which is otherwise one more call of it.
         reference: The attention that is right where the model's eager one is known to be wrong;
             a dict says it for each config within.
         paddings: How token masks may be padded; fewer where the model itself mixes padding in.

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import DebertaConfig, DebertaModel, DebertaV2Config, DebertaV2Model
+from transformers import (
+    DebertaConfig,
+    DebertaModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    SEWDConfig,
+    SEWDModel,
+)
 
 import flashpatch
 from flashpatch import dispatch
@@ -291,3 +298,84 @@ def test_autocast_computes_in_its_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         output = step(model, inputs)[0]
     assert (output - exact).norm() <= 2 * (expected - exact).norm()
+
+
+# SEW-D, which takes sound and whose mask is one of keys.
+SOUND = {
+    "distances": {"position_buckets": -1, "max_position_embeddings": 6},
+    "shared buckets": {"position_buckets": 4, "max_position_embeddings": 9},
+    "buckets": {"position_buckets": 4, "max_position_embeddings": 9, "share_att_key": False},
+}
+
+
+def build_sew_d(**overrides: Any) -> Any:
+    torch.manual_seed(0)
+    config = SEWDConfig(
+        hidden_size=24,
+        intermediate_size=20,
+        num_attention_heads=3,
+        num_hidden_layers=2,
+        conv_dim=(8,),
+        conv_kernel=(2,),
+        conv_stride=(2,),
+        num_conv_pos_embedding_groups=2,
+        num_conv_pos_embeddings=4,
+        mask_time_prob=0.0,
+        **overrides,
+    )
+    model = SEWDModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            wide = parameter.ndim > 1
+            parameter.normal_(0, parameter[0].numel() ** -0.5 if wide else 0.3)
+    return model
+
+
+def sound(*, padded: bool) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    inputs = {"input_values": torch.randn(2, 92, generator=draw)}
+    if padded:
+        inputs["attention_mask"] = torch.ones(2, 92, dtype=torch.long)
+        inputs["attention_mask"][1, 60:] = 0
+    return inputs
+
+
+def step_of_sound(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
+    model.zero_grad()
+    output = model(**inputs).last_hidden_state
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+    (output * weights).sum().backward()
+    return output.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", SOUND)
+def test_sew_d_computes_the_same(kind, padded, assert_same_step):
+    model, inputs = build_sew_d(**SOUND[kind]), sound(padded=padded)
+    expected = step_of_sound(model, inputs)
+    report = flashpatch.apply(model, on_fallback=forbid)
+    assert report.served == report.total == 2
+    assert_same_step(step_of_sound(model, inputs), expected)
+
+
+def test_what_sew_d_skips_or_refuses_runs_the_original():
+    model, inputs = build_sew_d(**SOUND["buckets"]), sound(padded=True)
+    expected = model(**inputs, output_attentions=True)
+    reasons: list[Any] = []
+    flashpatch.apply(model, on_fallback=reasons.append)
+    output = model(**inputs, output_attentions=True)
+    assert {r.name for r in reasons} == {"OUTPUT_ATTENTIONS"}
+    assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
+    assert all(map(torch.equal, output.attentions, expected.attentions))
+    flashpatch.apply(model, skip="*", on_fallback=forbid)
+    assert torch.equal(model(**inputs).last_hidden_state, expected.last_hidden_state)
+
+
+def test_sew_d_drops_as_often_as_its_own_dropout_says():
+    model, inputs = build_sew_d(**SOUND["buckets"], attention_dropout=0.4), sound(padded=False)
+    attention = model.encoder.encoder.layer[0].attention.self
+    assert deberta._probability(attention.dropout) == 0.0
+    model.train()
+    assert deberta._probability(attention.dropout) == 0.4
+    flashpatch.apply(model, on_fallback=forbid)
+    model(**inputs)

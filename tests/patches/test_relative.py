@@ -11,6 +11,8 @@ from torch import nn
 from transformers import (
     SeamlessM4TConfig,
     SeamlessM4Tv2Config,
+    VitsConfig,
+    VitsModel,
     Wav2Vec2BertConfig,
     Wav2Vec2BertModel,
     Wav2Vec2ConformerConfig,
@@ -313,3 +315,49 @@ def test_the_text_side_of_seamless_is_served_where_it_asks_the_interface():
     model = transformers.SeamlessM4TForTextToText._from_config(config)
     report = flashpatch.apply(model)
     assert report.served == (report.total if asks_interface() else 0)
+
+
+def build_vits(**overrides: Any) -> Any:
+    """The text encoder of VITS, which is where it attends."""
+    sizes = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2, "ffn_dim": 20}
+    sizes |= {"flow_size": 8, "spectrogram_bins": 9, "upsample_initial_channel": 16}
+    torch.manual_seed(0)
+    config = VitsConfig(**sizes, layerdrop=0.0, **overrides)
+    return VitsModel._from_config(config).text_encoder.eval()
+
+
+def texts(padded: bool, length: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, 38, (2, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, length // 2 + 1 :] = 0 if padded else 1
+    return {"input_ids": ids, "padding_mask": mask[..., None].float(), "attention_mask": mask}
+
+
+def step_of_text(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
+    model.zero_grad()
+    output = model(**inputs).prior_means
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+    (output * weights).sum().backward()
+    return output.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("window", "length"), [(4, 23), (4, 3), (2, 1)])
+def test_vits_computes_the_same(window, length, padded, assert_same_step):
+    model, inputs = build_vits(window_size=window), texts(padded, length)
+    expected = step_of_text(model, inputs)
+    report = flashpatch.apply(model, on_fallback=forbid)
+    assert report.served == report.total == 2
+    assert_same_step(step_of_text(model, inputs), expected)
+    flashpatch.apply(model, skip="*", on_fallback=forbid)
+    assert torch.allclose(step_of_text(model, inputs)[0], expected[0], atol=1e-6)
+
+
+def test_the_weights_of_vits_are_the_originals():
+    model, inputs = build_vits(), texts(padded=True, length=9)
+    expected = model(**inputs, output_attentions=True).attentions
+    reasons: list[Any] = []
+    flashpatch.apply(model, on_fallback=reasons.append)
+    weights = model(**inputs, output_attentions=True).attentions
+    assert {r.name for r in reasons} == {"OUTPUT_ATTENTIONS"}
+    assert all(map(torch.equal, weights, expected))
