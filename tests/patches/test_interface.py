@@ -95,3 +95,17 @@ def test_an_engine_and_the_original_see_the_same_selected_keys(active):
     mask = among(selected_keys(module, 4, M, {"indices": indices}), made["compact"], False)
     scores = q @ k.transpose(2, 3) * 8**-0.5 + expand(mask, N, M, q, causal=False, additive=True)
     torch.testing.assert_close(out.transpose(1, 2), scores.softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("shared", ["queries", "keys"])
+def test_queries_or_keys_that_come_once_serve_a_whole_batch(shared):
+    """Granite's q-former asks all sequences the same queries: the first alone was answered."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (1, 3) if shared == "queries" else (3, 1)
+    q = torch.randn(sizes[0], 2, N, 8, generator=generator)
+    k, v = (torch.randn(sizes[1], 2, M, 8, generator=generator) for _ in range(2))
+    module = nn.Module()
+    module._flashpatch = Settings(on_fallback=lambda reason: pytest.fail(str(reason)))
+    out, _ = fpatch_attention(module, q, k, v, None, is_causal=False)
+    expected = torch.softmax(q @ k.mT / 8**0.5, dim=-1) @ v
+    torch.testing.assert_close(out, expected.transpose(1, 2))
