@@ -11,6 +11,7 @@ for _room in (
     "deberta",
     "sliding",
     "bigbird",
+    "vits",
     "explicit",
 ):
     import_module(f"{__name__}.{_room}")

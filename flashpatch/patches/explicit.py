@@ -118,7 +118,6 @@ CLASSES = (
     "vilt.modeling_vilt.ViltSelfAttention",
     "visual_bert.modeling_visual_bert.VisualBertSelfAttention",
     "vitdet.modeling_vitdet.VitDetAttention",
-    "vits.modeling_vits.VitsAttention",
     "wavlm.modeling_wavlm.WavLMAttention",
     "xglm.modeling_xglm.XGLMAttention",
     "xlm.modeling_xlm.MultiHeadAttention",
