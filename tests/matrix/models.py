@@ -96,6 +96,7 @@ class Call:
     arguments: dict[str, Any]
 
     def run(self, model: Any) -> Any:
+        torch.manual_seed(1)  # for those that draw noise
         return getattr(model, self.method)(**self.arguments)
 
 
@@ -252,4 +253,8 @@ def generated(model: Any, call: Call) -> Tensor | None:
     if not model.can_generate() or call.method != "forward":
         return None
     arguments = {n: x for n, x in call.arguments.items() if not n.startswith("decoder_")}
-    return model.generate(**arguments, do_sample=False, min_new_tokens=4, max_new_tokens=4)
+    was_training = model.training
+    model.eval()
+    texts = model.generate(**arguments, do_sample=False, min_new_tokens=4, max_new_tokens=4)
+    model.train(was_training)
+    return texts
