@@ -18,7 +18,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function
 from torch.utils._pytree import tree_map
 
@@ -175,7 +175,11 @@ class Terms:
             bias = bias.expand(-1, -1, -1, m)
         mask: Mask = Band()
         for each in self.masks:
-            other = read_once(each, n, m) if each.dtype == torch.int32 else Boolean(merge(each))
+            if each.dtype == torch.int32:
+                other = read_once(each, n, m)
+            else:
+                seen = merge(each)
+                other = Boolean(seen.expand(*seen.shape[:3], m))
             mask = intersect(mask, other, n, m, q.device)
         options = Options(
             mask=mask,
@@ -487,6 +491,14 @@ def _note_constant(result: Any, args: tuple[Any, ...]) -> None:
         result._flashpatch_constant = value  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def know_buffers(module: nn.Module) -> None:
+    """Takes note of a module's buffers of one number, which are constants of its class."""
+    for buffer in module._buffers.values():
+        known = buffer is None or buffer.ndim > 0 or hasattr(buffer, "_flashpatch_constant")
+        if not known and not torch.compiler.is_compiling():
+            _note_constant(buffer, (buffer.item(),))
+
+
 def _constant(value: Any) -> Any:
     return getattr(value, "_flashpatch_constant", value)
 
@@ -750,18 +762,14 @@ def _softmax(
     return replace(terms, softmax=True, dtype=dtype or terms.dtype)
 
 
-def _largest(
-    reading: Reading, x: Product, dim: Any = None, keepdim: bool = False
-) -> PerQuery:
+def _largest(reading: Reading, x: Product, dim: Any = None, keepdim: bool = False) -> PerQuery:
     terms = _of(x)
     if not keepdim or terms.softmax or terms.normal or dim not in (-1, len(terms.shape) - 1):
         raise UnreadableError
     return PerQuery(terms)
 
 
-def _normaliser(
-    reading: Reading, x: Product, dim: Any = None, keepdim: bool = False
-) -> PerQuery:
+def _normaliser(reading: Reading, x: Product, dim: Any = None, keepdim: bool = False) -> PerQuery:
     return replace(_largest(reading, x, dim, keepdim), normaliser=True)
 
 

@@ -103,7 +103,7 @@ def _blocks_seen(module: Any, n_blocks: int, seed: Any, device: torch.device) ->
     block, heads, count = module.block_size, module.num_attention_heads, module.num_random_blocks
     n, most = n_blocks * block, module.max_seqlen
     if module.training:
-        np.random.seed(seed)  # noqa: NPY002
+        np.random.seed(seed)
     if n in (1024, 3072, 4096):
         draw = partial(module._bigbird_block_rand_mask, most, most, block, block, count)
         drawn = [draw(last_idx=1024)[: n_blocks - 2] for _ in range(heads)]

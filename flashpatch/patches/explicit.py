@@ -12,7 +12,7 @@ from torch import nn
 
 from flashpatch.dispatch import DEFAULT, Settings
 from flashpatch.patches.interface import why_blocked
-from flashpatch.products import Reading, released
+from flashpatch.products import Reading, know_buffers, released
 from flashpatch.registry import Patch, register
 
 # Classes that only add the mask they are given, so that it may be a compact one.
@@ -144,6 +144,7 @@ def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     asked = {name: args[at] for name, at in _places(cls).items() if at < len(args)}
     asked |= {name: kwargs[name] for name in _ASKED if name in kwargs}
     blocked = why_blocked(module, settings, asked)
+    know_buffers(module)
     changes = f"{cls.__module__}.{cls.__qualname__}".endswith(CHANGE_OUTPUT)
     with Reading(settings, blocked, changes_output=changes):
         out = cls.forward(module, *args, **kwargs)

@@ -307,7 +307,6 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "Llama4VisionAttention",
     ),
     "longcat_flash.modeling_longcat_flash": ("LongcatFlashMLA",),
-    "longt5.modeling_longt5": ("LongT5Attention",),
     "lw_detr.modeling_lw_detr": (
         "LwDetrAttention",
         "LwDetrViTAttention",

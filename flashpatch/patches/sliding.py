@@ -1,8 +1,8 @@
 """Longformer's attention: a window around each token, and tokens that see all and are seen by all.
 
-Its classes compute the window in overlapping chunks. Here it is a mask of intervals. Where there are
-global tokens, every query has two sets of keys, its window and the global ones, each an interval
-for the engine, and the two outputs are merged by their log-sum-exps.
+Its classes compute the window in overlapping chunks. Here it is a mask of intervals. Where there
+are global tokens, every query has two sets of keys, its window and the global ones, each an
+interval for the engine, and the two outputs are merged by their log-sum-exps.
 
 Letters: B batch, H heads, N tokens, D head size.
 """

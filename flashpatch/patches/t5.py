@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flashpatch.registry import KEEP, Patch, register
 
 CLASSES = (
+    "longt5.modeling_longt5.LongT5Attention",
     "mt5.modeling_mt5.MT5Attention",
     "t5.modeling_t5.T5Attention",
     "umt5.modeling_umt5.UMT5Attention",

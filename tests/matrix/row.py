@@ -20,7 +20,7 @@ class Row:
         paddings: How token masks may be padded; fewer where the model itself mixes padding in.
         generates: Whether greedy generation is compared, if the class can generate.
         training: Whether the model is in training mode, in which it has no dropout here either.
-        because: Why `reference`, `paddings`, `generates` or `training` differ, or what else is to be known.
+        because: Why one of the last four differs, or what else is to be known.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
