@@ -136,9 +136,9 @@ class Terms:
         """With a mask or a bias added, or a number, which changes no softmax."""
         if self.softmax or self.normal:
             raise UnreadableError
-        if isinstance(x, int | float) and math.isfinite(x):
-            return self
         if not isinstance(x, Tensor):
+            if isinstance(x, int | float) and math.isfinite(x):
+                return self
             raise UnreadableError
         if x.dtype == torch.int32 and x.ndim == 4:
             return replace(self, masks=(*self.masks, x))
@@ -494,8 +494,9 @@ def _note_constant(result: Any, args: tuple[Any, ...]) -> None:
 def know_buffers(module: nn.Module) -> None:
     """Takes note of a module's buffers of one number, which are constants of its class."""
     for buffer in module._buffers.values():
-        known = buffer is None or buffer.ndim > 0 or hasattr(buffer, "_flashpatch_constant")
-        if not known and not torch.compiler.is_compiling():
+        if buffer is None or buffer.ndim > 0 or hasattr(buffer, "_flashpatch_constant"):
+            continue
+        if not torch.compiler.is_compiling() and buffer.device.type != "meta":
             _note_constant(buffer, (buffer.item(),))
 
 

@@ -52,12 +52,7 @@ def step(model: Any, **inputs: Any) -> Any:
 
 def longformer() -> Any:
     torch.manual_seed(0)
-    config = {
-        "attention_window": [4, 8],
-        "max_position_embeddings": 64,
-        "pad_token_id": 1,
-        **config,
-    }
+    sizes = {"attention_window": [4, 8], "max_position_embeddings": 64, "pad_token_id": 1}
     return LongformerModel(LongformerConfig(**SMALL, **sizes), add_pooling_layer=False)
 
 
@@ -105,7 +100,7 @@ def test_longformer_says_so_when_it_falls_back():
 
 @pytest.mark.usefixtures("everything_tiled")
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("length", [40, 52, 1024])
+@pytest.mark.parametrize("length", [40, 52])
 def test_bigbird_computes_the_same_with_random_blocks(length, training, assert_same_step):
     theirs = bigbird(length).train(training)
     ours = copy.deepcopy(theirs)

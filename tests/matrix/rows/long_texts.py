@@ -140,6 +140,7 @@ ROWS: dict[str, Row] = {
         calls={"fold": lambda model: prepare_protein_features("MKTAY")},
     ),
     "evolla": EVOLLA,
+    "funnel": Row(config={"d_inner": 48, "block_sizes": [1, 1]}),
     "led": Row(
         config={
             "attention_window": [4, 8],
@@ -213,5 +214,5 @@ ROWS: dict[str, Row] = {
         paddings=(),
         because="its outputs are sound; of padded texts, those of its encoder are compared",
     ),
-    "xlnet": Row(),
+    "xlnet": Row(config={"d_inner": 48}),
 }
