@@ -7,7 +7,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-_INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS|_ATTENTION_FUNCTIONS\b")
+_INTERFACE = re.compile(r"(?<!MASK)_ATTENTION_FUNCTIONS\b")  # not the registry of mask functions
 _COMMENT = re.compile(r"#.*")
 _SOFTMAX = re.compile(
     r"[sS]oftmax\(|scaled_dot_product_attention\(|MultiheadAttention\(|"

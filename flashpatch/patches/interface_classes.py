@@ -415,10 +415,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "Phi4MultimodalVisionAttention",
     ),
     "phimoe.modeling_phimoe": ("PhimoeAttention",),
-    "pix2struct.modeling_pix2struct": (
-        "Pix2StructTextAttention",
-        "Pix2StructVisionAttention",
-    ),
+    "pix2struct.modeling_pix2struct": ("Pix2StructVisionAttention",),
     "pixio.modeling_pixio": ("PixioAttention",),
     "pixtral.modeling_pixtral": ("PixtralAttention",),
     "plbart.modeling_plbart": ("PLBartAttention",),
@@ -426,7 +423,6 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "pocket_tts_audio_tokenizer.modeling_pocket_tts_audio_tokenizer": (
         "PocketTTSAudioTokenizerAttention",
     ),
-    "pop2piano.modeling_pop2piano": ("Pop2PianoAttention",),
     "pp_doclayout_v2.modeling_pp_doclayout_v2": ("PPDocLayoutV2SelfAttention",),
     "pp_doclayout_v3.modeling_pp_doclayout_v3": ("PPDocLayoutV3SelfAttention",),
     "pp_doclayout_v4.modeling_pp_doclayout_v4": ("PPDocLayoutV4SelfAttention",),
@@ -549,7 +545,6 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "Step3p7VisionAttention",
     ),
     "swin.modeling_swin": ("SwinAttention",),
-    "switch_transformers.modeling_switch_transformers": ("SwitchTransformersAttention",),
     "t5gemma.modeling_t5gemma": (
         "T5GemmaCrossAttention",
         "T5GemmaSelfAttention",
@@ -566,7 +561,6 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "Tipsv2VisionAttention",
         "Tipsv2VisionSelfAttention",
     ),
-    "udop.modeling_udop": ("UdopAttention",),
     "ultrabert.modeling_ultrabert": ("UltrabertAttention",),
     "unispeech.modeling_unispeech": ("UniSpeechAttention",),
     "unispeech_sat.modeling_unispeech_sat": ("UniSpeechSatAttention",),

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ def model_class(config: Any) -> type[PreTrainedModel]:
         names = (MAPPINGS[1], *MAPPINGS)
     for name in names:
         mapping = getattr(modeling_auto, name, {})
-        found = mapping[type(config)] if type(config) in mapping.keys() else None
+        found = mapping.get(type(config), None)
         if found is not None:
             return found[0] if isinstance(found, tuple) else found
     module = importlib.import_module(
@@ -76,7 +77,7 @@ def build(model_type: str, row: Row) -> Any:
     model = cls._from_config(config, attn_implementation=row.reference)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.is_floating_point():
+            if not parameter.is_floating_point() or not parameter.numel():
                 continue
             if parameter.ndim > 1:
                 parameter.normal_(0, parameter[0].numel() ** -0.5)
@@ -90,14 +91,14 @@ def build(model_type: str, row: Row) -> Any:
 
 @dataclass(frozen=True)
 class Call:
-    """One method of a model and its arguments."""
+    """One method of a model, or `part.method` of a part of it, and its arguments."""
 
     method: str
     arguments: dict[str, Any]
 
     def run(self, model: Any) -> Any:
         torch.manual_seed(1)  # for those that draw noise
-        return getattr(model, self.method)(**self.arguments)
+        return attrgetter(self.method)(model)(**self.arguments)
 
 
 # Methods that run a part of the model which `forward` may not reach without images or sound.
@@ -143,7 +144,9 @@ def tensors_of(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield path, output
     elif isinstance(output, Mapping):
         for name, value in output.items():
-            yield from tensors_of(value, f"{path}.{name}")
+            # attention weights, which some models return unasked, are none where an engine computes
+            if "attentions" not in name:
+                yield from tensors_of(value, f"{path}.{name}")
     elif isinstance(output, tuple | list):
         for index, value in enumerate(output):
             yield from tensors_of(value, f"{path}[{index}]")
@@ -157,16 +160,37 @@ class Step:
     gradients: dict[str, Tensor]
 
 
+def of_tokens(outputs: dict[str, Tensor], real: Tensor) -> dict[str, Tensor]:
+    """What of the outputs belongs to tokens that are no padding.
+
+    Of sound and images, whose masks are finer than the tokens, one in several entries tells; where
+    none does, all outputs are taken.
+    """
+    batch, length = real.shape
+    for coarse in (False, True):
+        found = {}
+        for name, x in outputs.items():
+            if x.ndim < 2 or x.shape[0] != batch or not 0 < x.shape[1] <= length:
+                continue
+            factor, rest = divmod(length, x.shape[1])
+            if rest == 0 and (coarse or factor == 1):
+                found[name] = x[real[:, ::factor]]
+        if found:
+            return found
+    return outputs
+
+
 def step(model: Any, call: Call) -> Step:
     """One forward and backward pass; of padded tokens nothing is looked at."""
     model.zero_grad()
+    # what a model keeps while it is not trained would hold the graph of the step before
+    training = model.training
+    model.train()
+    model.train(training)
     outputs = dict(tensors_of(call.run(model)))
     mask = call.arguments.get("attention_mask")
     if mask is not None and mask.ndim == 2:
-        real = mask.bool()
-        outputs = {
-            name: x[real] for name, x in outputs.items() if x.shape[: real.ndim] == real.shape
-        }
+        outputs = of_tokens(outputs, mask.bool())
     outputs = {name: x for name, x in outputs.items() if x.numel()}
     assert outputs, "the model gives no output that can be compared"
     generator = torch.Generator().manual_seed(2)
@@ -179,7 +203,11 @@ def step(model: Any, call: Call) -> Step:
         total.backward()
     return Step(
         {name: x.detach().clone() for name, x in outputs.items()},
-        {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+        {
+            n: p.grad.clone()
+            for n, p in model.named_parameters()
+            if p.grad is not None and p.numel()
+        },
     )
 
 
@@ -252,9 +280,15 @@ def generated(model: Any, call: Call) -> Tensor | None:
     """The tokens of greedy generation with a cache; None where the class cannot."""
     if not model.can_generate() or call.method != "forward":
         return None
-    arguments = {n: x for n, x in call.arguments.items() if not n.startswith("decoder_")}
+    arguments = {
+        n: x.clone() if isinstance(x, Tensor) else x  # some write into their inputs
+        for n, x in call.arguments.items()
+        if not n.startswith("decoder_")
+    }
+    if getattr(model.config, "is_encoder_decoder", False):
+        arguments["decoder_start_token_id"] = 1
     was_training = model.training
     model.eval()
-    texts = model.generate(**arguments, do_sample=False, min_new_tokens=4, max_new_tokens=4)
+    out = model.generate(**arguments, do_sample=False, min_new_tokens=4, max_new_tokens=4)
     model.train(was_training)
-    return texts
+    return out if isinstance(out, Tensor) else out.sequences

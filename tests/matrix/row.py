@@ -16,7 +16,8 @@ class Row:
         more: (model) -> arguments that take the place of some of the generic ones.
         calls: Entries besides `forward`: name of a method -> (model) -> its arguments; None leaves
             out one that would be tried.
-        reference: The attention that is right where the model's eager one is known to be wrong.
+        reference: The attention that is right where the model's eager one is known to be wrong;
+            a dict says it for each config within.
         paddings: How token masks may be padded; fewer where the model itself mixes padding in.
         generates: Whether greedy generation is compared, if the class can generate.
         training: Whether the model is in training mode, in which it has no dropout here either.
@@ -28,7 +29,7 @@ class Row:
     inputs: Callable[[Any], dict[str, Any]] | None = None
     more: Callable[[Any], dict[str, Any]] | None = None
     calls: Mapping[str, Callable[[Any], dict[str, Any]] | None] = field(default_factory=dict)
-    reference: str = "eager"
+    reference: str | dict[str, str] = "eager"
     paddings: tuple[str, ...] = ("left", "right")
     generates: bool = True
     training: bool = False

@@ -14,7 +14,7 @@ from matrix.table import ROWS
 from transformers import CONFIG_MAPPING
 
 import flashpatch
-from flashpatch.coverage import attention_classes
+from flashpatch.architectures import attention_classes
 from flashpatch.patches.left import LEFT
 
 # Relative to the largest number of a tensor.
