@@ -105,7 +105,7 @@ def as_markdown(architectures: Sequence[Architecture]) -> str:
         f"# Architectures of transformers {transformers.__version__}",
         "",
         "Written by `flashpatch models --markdown`, which reads the classes of the installed",
-        "transformers. `tests/matrix` runs each of them as a tiny model, against its own attention.",
+        "transformers. `tests/matrix` runs each of them as a tiny model, beside its own attention.",
         "",
         *(f"- {counts[route]} {meaning}" for route, meaning in ROUTES.items() if counts[route]),
         "",

@@ -18,7 +18,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode, handle_torch_function
 from torch.utils._pytree import tree_map
@@ -52,7 +52,9 @@ class Terms:
         softcap: That of `Options`, of cap(s) = softcap * tanh(s / softcap); None is cap(s) = s.
         biases: Added to the scores, [*lead, N, M], each size may be 1.
         masks: bool, true where a key is seen, likewise; or int32 as `masks.pack` makes it.
+        hidden: The tensors that said so, true where a key is hidden, as the class sees them.
         dtype: That which the class would have now.
+        normal: Whether the logarithm of the sum of their exponentials was taken off the scores.
         softmax: Whether the softmax was taken.
         dropout: Probability.
     """
@@ -67,7 +69,9 @@ class Terms:
     softcap: float | None = None
     biases: tuple[Tensor, ...] = ()
     masks: tuple[Tensor, ...] = ()
+    hidden: tuple[Tensor, ...] = ()
     dtype: torch.dtype = torch.float32
+    normal: bool = False
     softmax: bool = False
     dropout: float = 0.0
 
@@ -105,7 +109,7 @@ class Terms:
         if not lead:
             raise UnreadableError
         if groups(lead, self.lead) is not None:
-            return replace(self, shown=lead, rows=rows, columns=columns)
+            return replace(self, shown=lead, rows=rows, columns=columns, hidden=())
         if groups(self.lead, lead) is None:
             raise UnreadableError
         split = partial(spread, coarse=self.lead, fine=lead)
@@ -117,6 +121,7 @@ class Terms:
             shown=lead,
             rows=rows,
             columns=columns,
+            hidden=(),
             biases=tuple(map(split, self.biases)),
             masks=tuple(m if m.dtype == torch.int32 else split(m) for m in self.masks),
         )
@@ -126,14 +131,14 @@ class Terms:
         missing = len(self.shape) - x.ndim
         if missing < 0:
             raise UnreadableError
-        x = spread(x[(None,) * missing], coarse=self.shown, fine=self.lead)
+        x = spread(unexpanded(x)[(None,) * missing], coarse=self.shown, fine=self.lead)
         for place, sizes in ((-1, self.columns), (-2, self.rows)):
             x = joined(x, place, sizes)
         return x
 
     def scaled(self, factor: Any) -> "Terms":
         """Times a number, or a tensor that has one for each query."""
-        if self.softmax:
+        if self.softmax or self.normal:
             raise UnreadableError
         if isinstance(factor, Tensor) and self.softcap is not None:
             factor = number(factor)
@@ -192,8 +197,12 @@ class Terms:
         )
 
     def plus(self, x: Any) -> "Terms":
-        """With a mask or a bias added."""
-        if self.softmax or not isinstance(x, Tensor):
+        """With a mask, a bias or a number added."""
+        if self.softmax or self.normal:
+            raise UnreadableError
+        if isinstance(x, int | float):
+            x = self.q.new_full((1, 1), x)
+        if not isinstance(x, Tensor):
             raise UnreadableError
         if x.dtype == torch.int32 and x.ndim == 4 and self.whole:
             return replace(self, masks=(*self.masks, x))
@@ -203,7 +212,9 @@ class Terms:
 
     def seen_where(self, visible: Any) -> "Terms":
         """With the keys hidden that are not visible."""
-        if self.softmax or not isinstance(visible, Tensor) or visible.dtype != torch.bool:
+        if self.softmax or self.normal:
+            raise UnreadableError
+        if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
             raise UnreadableError
         return replace(self, masks=(*self.masks, self.fitted(visible)))
 
@@ -228,7 +239,11 @@ class Terms:
             bias = bias.expand(-1, -1, -1, m)
         mask: Mask = Band()
         for each in self.masks:
-            other = read_once(each, n, m) if each.dtype == torch.int32 else Boolean(merge(each))
+            if each.dtype == torch.int32:
+                other = read_once(each, n, m)
+            else:
+                seen = merge(each)
+                other = Boolean(seen.expand(*seen.shape[:3], m))
             mask = intersect(mask, other, n, m, q.device)
         options = Options(
             mask=mask,
@@ -258,6 +273,27 @@ def number(x: Tensor) -> float:
     if _READ.get(x, (None,))[0] != version:
         _READ[x] = version, float(x)
     return _READ[x][1]
+
+
+@dataclass(frozen=True, eq=False)
+class PerQuery:
+    """One number for each query of a product's scores, the last size 1.
+
+    Attributes:
+        terms: The product.
+        normaliser: Whether it is the logarithm of the sum of the scores' exponentials.
+    """
+
+    terms: Terms
+    normaliser: bool = False
+
+
+def unexpanded(x: Tensor) -> Tensor:
+    """The same without the sizes that it was only expanded to."""
+    for place, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            x = x.narrow(place, 0, 1)
+    return x
 
 
 def tail(shape: Lead, size: int) -> tuple[Lead, Lead]:
@@ -337,14 +373,20 @@ class Product:
         replay: Computes it as the class would have.
         terms: What it is; None where that is not known.
         is_weights: Whether a softmax was taken on the way here.
+        per_query: What it is instead, if it has one number for each query.
     """
 
     def __init__(
-        self, replay: Callable[[], Tensor], terms: Terms | None, is_weights: bool = False
+        self,
+        replay: Callable[[], Tensor],
+        terms: Terms | None,
+        is_weights: bool = False,
+        per_query: PerQuery | None = None,
     ) -> None:
         self.replay = replay
         self.terms = terms
         self.is_weights = is_weights
+        self.per_query = per_query
         self.computed: Tensor | None = None
 
     def compute(self) -> Tensor:
@@ -437,12 +479,17 @@ class Reading(TorchFunctionMode):
     Args:
         settings: The module's.
         refused: The reason for which all is computed as the class would.
+        changes_output: Whether the class changes the output in place.
     """
 
-    def __init__(self, settings: Settings, refused: Reason | None = None) -> None:
+    def __init__(
+        self, settings: Settings, refused: Reason | None = None, *, changes_output: bool = False
+    ) -> None:
         super().__init__()
         self.settings = settings
         self.refused = refused
+        self.changes_output = changes_output
+        self.made: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
 
     def __torch_function__(
         self,
@@ -453,6 +500,8 @@ class Reading(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = _NAMES.get(func, "")
+        if self.made and _writes(func, kwargs):
+            self.made.clear()
         begin = BEGINNINGS.get(name)
         if begin is not None:
             result = begin(self, func, args, kwargs)
@@ -482,6 +531,8 @@ class Reading(TorchFunctionMode):
             result = step(self, *args, **kwargs)
         except UnreadableError:
             return func(*computed(args), **computed(kwargs))
+        if isinstance(result, PerQuery):
+            return Product(replay, None, per_query=result)
         if not isinstance(result, Terms):
             return result
         if in_place:
@@ -500,7 +551,18 @@ class Reading(TorchFunctionMode):
         out = attend(q, k, v4, options, self.settings, lambda: None)
         if out is None:
             return replay()
-        return out.reshape(*terms.shown, *out.shape[-2:])
+        out = out.reshape(*terms.shown, *out.shape[-2:])
+        # an engine's backward needs its output as it was; that of a product does not
+        return out.clone() if self.changes_output else out
+
+
+def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a function changes a tensor that was there before."""
+    name = getattr(func, "__name__", "")
+    return "out" in kwargs or name.endswith("_") != name.endswith("__") or name in _WRITING
+
+
+_WRITING = frozenset(f"__{name}__" for name in ("setitem", "set", "iand", "ior", "ixor"))
 
 
 def _replay(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -536,12 +598,31 @@ def _note_constant(result: Any, args: tuple[Any, ...]) -> None:
         result._flashpatch_constant = value  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def know_buffers(module: nn.Module) -> None:
+    """Takes note of a module's buffers of one number, which are constants of its class."""
+    for buffer in module._buffers.values():
+        if buffer is None or buffer.ndim > 0 or hasattr(buffer, "_flashpatch_constant"):
+            continue
+        if not torch.compiler.is_compiling() and buffer.device.type != "meta":
+            _note_constant(buffer, (buffer.item(),))
+
+
 def _constant(value: Any) -> Any:
     return getattr(value, "_flashpatch_constant", value)
 
 
 def _hides(value: Any) -> bool:
-    """Whether a score of this value is none: the least of a dtype."""
+    """Whether a key that is given this score is hidden by it.
+
+    From some 100 below the largest score on, a weight is less than any number of float32, so that
+    only where all else is below -9 900 another score than minus infinity would make a difference.
+    """
+    value = _constant(value)
+    return isinstance(value, int | float) and value <= -1e4
+
+
+def _is_least(value: Any) -> bool:
+    """Whether no score is below this value: the least of a dtype."""
     value = _constant(value)
     return isinstance(value, int | float) and value <= torch.finfo(torch.float16).min
 
@@ -593,6 +674,9 @@ def _baddbmm(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[st
     return Product(partial(func, bias, a, b, **kwargs), terms)
 
 
+_OTHERS = "ABCDEFGH"  # stand for the sizes that an equation does not name
+
+
 def _einsum(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if len(args) == 2 and isinstance(args[1], tuple | list):
         args = (args[0], *args[1])
@@ -601,7 +685,11 @@ def _einsum(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str
     equation, a, b = args
     inputs, _, output = equation.replace(" ", "").partition("->")
     first, _, second = inputs.partition(",")
-    if "." in equation or not output or len(set(first)) < len(first):
+    if first[:3] == second[:3] == output[:3] == "...":
+        dims = a.ndim - len(first) + 3
+        if dims == b.ndim - len(second) + 3 and not set(inputs + output) & set(_OTHERS):
+            first, second, output = (_OTHERS[:dims] + x[3:] for x in (first, second, output))
+    if "." in first + second + output or not output or len(set(first)) < len(first):
         return func(*computed(args))
     if isinstance(a, Product) and a.is_weights and a.terms is not None:
         return _einsum_of_weights(reading, func, args, first, second, output)
@@ -712,6 +800,19 @@ def _composed(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[s
         return inner(*args, **kwargs)
 
 
+def _again(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Whole numbers that are made of the same as before are the same tensor, known as such."""
+    if kwargs or not isinstance(args[0], Tensor) or args[0].is_floating_point():
+        return NotImplemented
+    rest = tuple(_constant(x) for x in args[1:])
+    if not all(isinstance(x, int | float | tuple) for x in rest):
+        return NotImplemented
+    key = (func, id(args[0]), *rest)
+    if key not in reading.made:
+        reading.made[key] = args, func(*args)
+    return reading.made[key][1]
+
+
 BEGINNINGS: dict[str, Callable[..., Any]] = {
     "matmul": _matmul,
     "bmm": _matmul,
@@ -720,6 +821,8 @@ BEGINNINGS: dict[str, Callable[..., Any]] = {
     "einsum": _einsum,
     "scaled_dot_product_attention": _fused,
     "multi_head_attention_forward": _composed,
+    "eq": _again,
+    "view": _again,
 }
 
 # What is done to a product: (reading, arguments) -> what it then is.
@@ -743,6 +846,13 @@ def _plus(reading: Reading, a: Any, b: Any, alpha: float = 1) -> Terms:
 
 
 def _minus(reading: Reading, a: Any, b: Any) -> Terms:
+    if isinstance(a, Product) and isinstance(b, Product) and b.per_query is not None:
+        terms = _of(a)
+        if b.per_query.normaliser and b.per_query.terms is terms:
+            return replace(terms, normal=True)
+        if b.per_query.normaliser or b.per_query.terms.shape != terms.shape or terms.softmax:
+            raise UnreadableError
+        return terms  # less a number for each query, which changes no softmax
     if not isinstance(a, Product) or not isinstance(b, Tensor) or not b.is_floating_point():
         raise UnreadableError
     return _of(a).plus(-b)
@@ -764,9 +874,35 @@ def _softmax(
     reading: Reading, x: Product, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
 ) -> Terms:
     terms = _of(x)
-    if terms.softmax or not terms.whole or dim not in (-1, len(terms.shape) - 1):
+    possible = terms.whole and not (terms.softmax or terms.normal)
+    if not possible or dim not in (-1, len(terms.shape) - 1):
         raise UnreadableError
     return replace(terms, softmax=True, dtype=dtype or terms.dtype)
+
+
+def _largest(reading: Reading, x: Product, dim: Any = None, keepdim: bool = False) -> PerQuery:
+    terms = _of(x)
+    possible = keepdim and terms.whole and not (terms.softmax or terms.normal)
+    if not possible or dim not in (-1, len(terms.shape) - 1):
+        raise UnreadableError
+    return PerQuery(terms)
+
+
+def _normaliser(reading: Reading, x: Product, dim: Any = None, keepdim: bool = False) -> PerQuery:
+    return replace(_largest(reading, x, dim, keepdim), normaliser=True)
+
+
+def _exp(reading: Reading, x: Product) -> Terms:
+    terms = _of(x)
+    if not terms.normal:
+        raise UnreadableError
+    return replace(terms, normal=False, softmax=True)
+
+
+def _detach(reading: Reading, x: Product) -> PerQuery:
+    if x.per_query is None or x.per_query.normaliser:
+        raise UnreadableError
+    return x.per_query
 
 
 def _dropout(
@@ -809,9 +945,12 @@ def _unsqueeze(reading: Reading, x: Product, dim: int) -> Terms:
 
 
 def _masked_fill(reading: Reading, x: Product, mask: Any, value: Any) -> Terms:
+    terms = _of(x)
+    if terms.softmax and _constant(value) == 0 and any(mask is m for m in terms.hidden):
+        return terms  # their weights are 0
     if not _hides(value) or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise UnreadableError
-    return _of(x).seen_where(~mask)
+    return replace(terms.seen_where(~unexpanded(mask)), hidden=(*terms.hidden, mask))
 
 
 def _where(reading: Reading, condition: Any, x: Any, other: Any) -> Terms:
@@ -827,7 +966,7 @@ def _where(reading: Reading, condition: Any, x: Any, other: Any) -> Terms:
 def _at_least(reading: Reading, x: Any, least: Any = None, **kwargs: Any) -> Terms:
     """A maximum or a clamp that keeps scores from being infinite changes none that is finite."""
     least = kwargs.get("min", least)
-    if kwargs.get("max") is not None or not _hides(least) or not isinstance(x, Product):
+    if kwargs.get("max") is not None or not _is_least(least) or not isinstance(x, Product):
         raise UnreadableError
     return _of(x)
 
@@ -860,6 +999,10 @@ STEPS: dict[str, Callable[..., Any]] = {
     "truediv": _over,
     "softmax": _softmax,
     "tanh": lambda reading, x: _of(x).capped(),
+    "amax": _largest,
+    "logsumexp": _normaliser,
+    "exp": _exp,
+    "detach": _detach,
     "dropout": _dropout,
     "view": _view,
     "reshape": _view,

@@ -12,7 +12,7 @@ from torch import nn
 
 from flashpatch.dispatch import DEFAULT, Settings
 from flashpatch.patches.interface import why_blocked
-from flashpatch.products import Reading, released
+from flashpatch.products import Reading, know_buffers, released
 from flashpatch.registry import Patch, register
 
 # Classes that only add the mask they are given, so that it may be a compact one.
@@ -36,6 +36,8 @@ KEYED = (
 CLASSES = (
     "aimv2.modeling_aimv2.Aimv2AttentionPoolingHead",
     "bark.modeling_bark.BarkSelfAttention",
+    "big_bird.modeling_big_bird.BigBirdSelfAttention",
+    "bigbird_pegasus.modeling_bigbird_pegasus.BigBirdPegasusSelfAttention",
     "blip.modeling_blip.BlipAttention",
     "blip.modeling_blip_text.BlipTextSelfAttention",
     "bros.modeling_bros.BrosSelfAttention",
@@ -72,10 +74,11 @@ CLASSES = (
     "layoutlmv2.modeling_layoutlmv2.LayoutLMv2SelfAttention",
     "layoutlmv3.modeling_layoutlmv3.LayoutLMv3SelfAttention",
     "led.modeling_led.LEDDecoderAttention",
-    "led.modeling_led.LEDEncoderSelfAttention",
     "levit.modeling_levit.LevitAttention",
     "levit.modeling_levit.LevitAttentionSubsample",
     "lilt.modeling_lilt.LiltSelfAttention",
+    "longt5.modeling_longt5.LongT5LocalAttention",
+    "longt5.modeling_longt5.LongT5TransientGlobalAttention",
     "lxmert.modeling_lxmert.LxmertAttention",
     "mask2former.modeling_mask2former.Mask2FormerAttention",
     "maskformer.modeling_maskformer_swin.MaskFormerSwinSelfAttention",
@@ -84,9 +87,9 @@ CLASSES = (
     "mobilevit.modeling_mobilevit.MobileViTSelfAttention",
     "mpt.modeling_mpt.MptAttention",
     "mvp.modeling_mvp.MvpAttention",
+    "nystromformer.modeling_nystromformer.NystromformerSelfAttention",
     "omdet_turbo.modeling_omdet_turbo.OmDetTurboMultiheadAttention",
     "oneformer.modeling_oneformer.OneFormerAttention",
-    "openai.modeling_openai.Attention",
     "pegasus_x.modeling_pegasus_x.PegasusXGlobalLocalAttention",
     "perceiver.modeling_perceiver.PerceiverSelfAttention",
     "pp_doclayout_v2.modeling_pp_doclayout_v2.PPDocLayoutV2ReadingOrderSelfAttention",
@@ -95,6 +98,7 @@ CLASSES = (
     "prophetnet.modeling_prophetnet.ProphetNetNgramSelfAttention",
     "pvt.modeling_pvt.PvtEfficientSelfAttention",
     "pvt_v2.modeling_pvt_v2.PvtV2SelfAttention",
+    "reformer.modeling_reformer.LocalSelfAttention",
     "sam.modeling_sam.SamVisionAttention",
     "sam.modeling_sam.SamVisionSdpaAttention",
     "sam_hq.modeling_sam_hq.SamHQVisionAttention",
@@ -119,6 +123,8 @@ CLASSES = (
     "xlnet.modeling_xlnet.XLNetRelativeAttention",
     "torch.nn.modules.activation.MultiheadAttention",
 )
+# Those that add to the output in place.
+CHANGE_OUTPUT = ("nystromformer.modeling_nystromformer.NystromformerSelfAttention",)
 
 # Of these, those that are asked for the weights in every call, whether anybody wants them or not.
 ALWAYS_ASKED = (
@@ -163,7 +169,9 @@ def forward(places: Places, holds: bool, module: nn.Module, *args: Any, **kwargs
     if holds:
         asked.pop("output_attentions", None)
     blocked = why_blocked(module, settings, asked)
-    with Reading(settings, blocked):
+    know_buffers(module)
+    changes = f"{cls.__module__}.{cls.__qualname__}".endswith(CHANGE_OUTPUT)
+    with Reading(settings, blocked, changes_output=changes):
         out = cls.forward(module, *args, **kwargs)
     return out if holds and blocked is None else released(out, weights=blocked is not None)
 

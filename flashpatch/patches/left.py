@@ -17,4 +17,7 @@ LEFT: dict[str, Reason] = {
     "transformers.models.mm_grounding_dino.modeling_mm_grounding_dino"
     ".MMGroundingDinoBiMultiHeadAttention": CLAMPED,
     "transformers.models.slanext.modeling_slanext.SLANeXtAttentionGRUCell": ADDITIVE,
+    "transformers.models.reformer.modeling_reformer.LSHSelfAttention": Reason(
+        "HASHED", "its tokens attend within buckets that they are hashed to, not to the text"
+    ),
 }

@@ -82,7 +82,7 @@ def build(model_type: str, row: Row) -> Any:
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 module.weight.normal_()
-    return model.float().eval()
+    return model.float().train(row.training)
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class Call:
     arguments: dict[str, Any]
 
     def run(self, model: Any) -> Any:
+        torch.manual_seed(1)  # for those that draw noise
         return attrgetter(self.method)(model)(**self.arguments)
 
 
@@ -103,7 +104,8 @@ TOWERS = ("get_image_features", "get_audio_features")
 def calls_of(model: Any, row: Row) -> list[Call]:
     """What the row calls: `forward`, and each tower that has a method of its own."""
     calls = []
-    if row.calls.get("forward", True) is not None:
+    forwards = type(model).forward is not nn.Module.forward  # some are only made of parts
+    if forwards and row.calls.get("forward", True) is not None:
         arguments = inputs_by_name(model) if row.inputs is None else row.inputs(model)
         more = {} if row.more is None else row.more(model)
         calls.append(Call("forward", {**arguments, **more}))
@@ -177,8 +179,9 @@ def step(model: Any, call: Call) -> Step:
     """One forward and backward pass; of padded tokens nothing is looked at."""
     model.zero_grad()
     # what a model keeps while it is not trained would hold the graph of the step before
+    training = model.training
     model.train()
-    model.eval()
+    model.train(training)
     torch.manual_seed(0)  # of a model that draws noise
     outputs = dict(tensors_of(call.run(model)))
     mask = call.arguments.get("attention_mask")
@@ -281,5 +284,8 @@ def generated(model: Any, call: Call) -> Tensor | None:
     if getattr(model.config, "is_encoder_decoder", False):
         arguments["decoder_start_token_id"] = 1
     torch.manual_seed(0)
+    was_training = model.training
+    model.eval()
     out = model.generate(**arguments, do_sample=False, min_new_tokens=4, max_new_tokens=4)
+    model.train(was_training)
     return out if isinstance(out, Tensor) else out.sequences

@@ -21,7 +21,8 @@ class Row:
             a dict says it for each config within.
         paddings: How token masks may be padded; fewer where the model itself mixes padding in.
         generates: Whether greedy generation is compared, if the class can generate.
-        because: Why `reference`, `paddings` or `generates` differ, or what else is to be known.
+        training: Whether the model is in training mode, in which it has no dropout here either.
+        because: Why one of the last four differs, or what else is to be known.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -32,4 +33,5 @@ class Row:
     reference: str | dict[str, str] = "eager"
     paddings: tuple[str, ...] = ("left", "right")
     generates: bool = True
+    training: bool = False
     because: str = ""
