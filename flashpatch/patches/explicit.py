@@ -60,6 +60,7 @@ CLASSES = (
     "ibert.modeling_ibert.IBertSelfAttention",
     "imagegpt.modeling_imagegpt.ImageGPTAttention",
     "informer.modeling_informer.InformerProbSparseAttention",
+    "kosmos2_5.modeling_kosmos2_5.Kosmos2_5VisionAttention",
     "layoutlmv2.modeling_layoutlmv2.LayoutLMv2SelfAttention",
     "layoutlmv3.modeling_layoutlmv3.LayoutLMv3SelfAttention",
     "led.modeling_led.LEDDecoderAttention",

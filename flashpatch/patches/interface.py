@@ -48,6 +48,7 @@ HARMLESS = frozenset(
     (
         "cu_seq_lens_k",
         "deterministic",
+        "grid_thw",
         "logits_to_keep",
         "max_length_k",
         "max_length_q",

@@ -1,11 +1,12 @@
 """All rows of the matrix, by model type."""
 
 from matrix.row import Row
-from matrix.rows import audio, multimodal, other, text, vision
+from matrix.rows import audio, multimodal, multimodal_h_to_z, other, text, vision
 
 ROWS: dict[str, Row] = {
     **audio.ROWS,
     **multimodal.ROWS,
+    **multimodal_h_to_z.ROWS,
     **other.ROWS,
     **text.ROWS,
     **vision.ROWS,
