@@ -59,6 +59,7 @@ HARMLESS = frozenset(
         "seq_idx",
         "sliding_window",
         "use_cache",
+        "vision_feature_layer",
     )
 )
 
