@@ -341,6 +341,15 @@ def _replicate(module: nn.Module) -> nn.Module:
     return replica
 
 
+def hand_on(before: nn.Module, after: nn.Module) -> None:
+    """Patches a module that its model has put in the place of a patched one."""
+    patch, settings = patch_of(type(after)), vars(before).get(_SETTINGS)
+    if patch is None or settings is None:
+        return
+    _swap(Found("", after, patch, settings.active, None))
+    vars(after)[_SETTINGS] = settings
+
+
 def _slot(module: nn.Module, attribute: str) -> str:
     """Where an attribute is to be replaced: accelerate's hooks call what they keep aside."""
     hooked = attribute == "forward" and "_old_forward" in vars(module)

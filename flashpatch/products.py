@@ -47,7 +47,9 @@ class Terms:
         scale: Factor on q k^T.
         biases: Added to the scores, [*lead, N, M], each size may be 1.
         masks: bool, true where a key is seen, likewise; or int32 as `masks.pack` makes it.
+        hidden: The tensors that said so, true where a key is hidden, as the class sees them.
         dtype: That which the class would have now.
+        normal: Whether the logarithm of the sum of their exponentials was taken off the scores.
         softmax: Whether the softmax was taken.
         dropout: Probability.
     """
@@ -59,7 +61,9 @@ class Terms:
     scale: float = 1.0
     biases: tuple[Tensor, ...] = ()
     masks: tuple[Tensor, ...] = ()
+    hidden: tuple[Tensor, ...] = ()
     dtype: torch.dtype = torch.float32
+    normal: bool = False
     softmax: bool = False
     dropout: float = 0.0
 
@@ -90,7 +94,7 @@ class Terms:
             raise UnreadableError
         lead = tuple(shape[:-2])
         if groups(lead, self.lead) is not None:
-            return replace(self, shown=lead)
+            return replace(self, shown=lead, hidden=())
         if groups(self.lead, lead) is None:
             raise UnreadableError
         split = partial(spread, coarse=self.lead, fine=lead)
@@ -100,6 +104,7 @@ class Terms:
             k=split(self.k),
             lead=lead,
             shown=lead,
+            hidden=(),
             biases=tuple(map(split, self.biases)),
             masks=tuple(m if m.dtype == torch.int32 else split(m) for m in self.masks),
         )
@@ -109,11 +114,11 @@ class Terms:
         missing = len(self.shown) + 2 - x.ndim
         if missing < 0:
             raise UnreadableError
-        return spread(x[(None,) * missing], coarse=self.shown, fine=self.lead)
+        return spread(unexpanded(x)[(None,) * missing], coarse=self.shown, fine=self.lead)
 
     def scaled(self, factor: Any) -> "Terms":
         """Times a number, or a tensor that has one for each query."""
-        if self.softmax:
+        if self.softmax or self.normal:
             raise UnreadableError
         if isinstance(factor, Tensor):
             factor = factor[(None,) * (2 - factor.ndim)] if factor.ndim < 2 else factor
@@ -128,8 +133,12 @@ class Terms:
         return replace(self, scale=self.scale * factor, biases=biases)
 
     def plus(self, x: Any) -> "Terms":
-        """With a mask or a bias added."""
-        if self.softmax or not isinstance(x, Tensor):
+        """With a mask or a bias added, or a number, which changes no softmax."""
+        if self.softmax or self.normal:
+            raise UnreadableError
+        if isinstance(x, int | float) and math.isfinite(x):
+            return self
+        if not isinstance(x, Tensor):
             raise UnreadableError
         if x.dtype == torch.int32 and x.ndim == 4:
             return replace(self, masks=(*self.masks, x))
@@ -139,7 +148,9 @@ class Terms:
 
     def seen_where(self, visible: Any) -> "Terms":
         """With the keys hidden that are not visible."""
-        if self.softmax or not isinstance(visible, Tensor) or visible.dtype != torch.bool:
+        if self.softmax or self.normal:
+            raise UnreadableError
+        if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
             raise UnreadableError
         return replace(self, masks=(*self.masks, self.fitted(visible)))
 
@@ -174,6 +185,27 @@ class Terms:
             seed=dropout_seed(self.dropout, q.device),
         )
         return q.to(v.dtype), k.to(v.dtype), v, options
+
+
+@dataclass(frozen=True, eq=False)
+class PerQuery:
+    """One number for each query of a product's scores, the last size 1.
+
+    Attributes:
+        terms: The product.
+        normaliser: Whether it is the logarithm of the sum of the scores' exponentials.
+    """
+
+    terms: Terms
+    normaliser: bool = False
+
+
+def unexpanded(x: Tensor) -> Tensor:
+    """The same without the sizes that it was only expanded to."""
+    for place, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            x = x.narrow(place, 0, 1)
+    return x
 
 
 def groups(coarse: Lead, fine: Lead) -> list[int] | None:
@@ -229,14 +261,20 @@ class Product:
         replay: Computes it as the class would have.
         terms: What it is; None where that is not known.
         is_weights: Whether a softmax was taken on the way here.
+        per_query: What it is instead, if it has one number for each query.
     """
 
     def __init__(
-        self, replay: Callable[[], Tensor], terms: Terms | None, is_weights: bool = False
+        self,
+        replay: Callable[[], Tensor],
+        terms: Terms | None,
+        is_weights: bool = False,
+        per_query: PerQuery | None = None,
     ) -> None:
         self.replay = replay
         self.terms = terms
         self.is_weights = is_weights
+        self.per_query = per_query
         self.computed: Tensor | None = None
 
     def compute(self) -> Tensor:
@@ -327,12 +365,17 @@ class Reading(TorchFunctionMode):
     Args:
         settings: The module's.
         refused: The reason for which all is computed as the class would.
+        changes_output: Whether the class changes the output in place.
     """
 
-    def __init__(self, settings: Settings, refused: Reason | None = None) -> None:
+    def __init__(
+        self, settings: Settings, refused: Reason | None = None, *, changes_output: bool = False
+    ) -> None:
         super().__init__()
         self.settings = settings
         self.refused = refused
+        self.changes_output = changes_output
+        self.made: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
 
     def __torch_function__(
         self,
@@ -343,6 +386,8 @@ class Reading(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = _NAMES.get(func) or _name_of(func)
+        if name.endswith("_") or name == "setitem" or "out" in kwargs:
+            self.made.clear()
         begin = BEGINNINGS.get(name)
         if begin is not None:
             result = begin(self, func, args, kwargs)
@@ -372,6 +417,8 @@ class Reading(TorchFunctionMode):
             result = step(self, *args, **kwargs)
         except UnreadableError:
             return func(*computed(args), **computed(kwargs))
+        if isinstance(result, PerQuery):
+            return Product(replay, None, per_query=result)
         if not isinstance(result, Terms):
             return result
         if in_place:
@@ -390,7 +437,9 @@ class Reading(TorchFunctionMode):
         out = attend(q, k, v4, options, self.settings, lambda: None)
         if out is None:
             return replay()
-        return out.reshape(*terms.shown, *out.shape[-2:])
+        out = out.reshape(*terms.shown, *out.shape[-2:])
+        # an engine's backward needs its output as it was; that of a product does not
+        return out.clone() if self.changes_output else out
 
 
 def _replay(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -443,9 +492,12 @@ def _constant(value: Any) -> Any:
 
 
 def _hides(value: Any) -> bool:
-    """Whether a score of this value is none: the least of a dtype."""
+    """Whether a score of this value is none: its exponential is 0 beside any score of a model.
+
+    From some 100 below the largest score on, a weight is less than any number of float32.
+    """
     value = _constant(value)
-    return isinstance(value, int | float) and value <= torch.finfo(torch.float16).min
+    return isinstance(value, int | float) and value <= -1e4
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -495,13 +547,20 @@ def _baddbmm(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[st
     return Product(partial(func, bias, a, b, **kwargs), terms)
 
 
+_OTHERS = "ABCDEFGH"  # stand for the sizes that an equation does not name
+
+
 def _einsum(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if len(args) != 3 or not isinstance(args[0], str):
         return NotImplemented
     equation, a, b = args
     inputs, _, output = equation.replace(" ", "").partition("->")
     first, _, second = inputs.partition(",")
-    if "." in equation or not output or len(set(first)) < len(first):
+    if first[:3] == second[:3] == output[:3] == "...":
+        dims = a.ndim - len(first) + 3
+        if dims == b.ndim - len(second) + 3 and not set(inputs + output) & set(_OTHERS):
+            first, second, output = (_OTHERS[:dims] + x[3:] for x in (first, second, output))
+    if "." in first + second + output or not output or len(set(first)) < len(first):
         return func(*computed(args))
     if isinstance(a, Product) and a.is_weights and a.terms is not None:
         return _einsum_of_weights(reading, func, args, first, second, output)
@@ -612,6 +671,19 @@ def _composed(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[s
         return inner(*args, **kwargs)
 
 
+def _again(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Whole numbers that are made of the same as before are the same tensor, known as such."""
+    if kwargs or not isinstance(args[0], Tensor) or args[0].is_floating_point():
+        return NotImplemented
+    rest = tuple(_constant(x) for x in args[1:])
+    if not all(isinstance(x, int | float | tuple) for x in rest):
+        return NotImplemented
+    key = (func, id(args[0]), *rest)
+    if key not in reading.made:
+        reading.made[key] = args, func(*args)
+    return reading.made[key][1]
+
+
 BEGINNINGS: dict[str, Callable[..., Any]] = {
     "matmul": _matmul,
     "bmm": _matmul,
@@ -620,6 +692,8 @@ BEGINNINGS: dict[str, Callable[..., Any]] = {
     "einsum": _einsum,
     "scaled_dot_product_attention": _fused,
     "multi_head_attention_forward": _composed,
+    "eq": _again,
+    "view": _again,
 }
 
 # What is done to a product: (reading, arguments) -> what it then is.
@@ -643,6 +717,13 @@ def _plus(reading: Reading, a: Any, b: Any, alpha: float = 1) -> Terms:
 
 
 def _minus(reading: Reading, a: Any, b: Any) -> Terms:
+    if isinstance(a, Product) and isinstance(b, Product) and b.per_query is not None:
+        terms = _of(a)
+        if b.per_query.normaliser and b.per_query.terms is terms:
+            return replace(terms, normal=True)
+        if b.per_query.normaliser or b.per_query.terms.shape != terms.shape:
+            raise UnreadableError
+        return terms  # less a number for each query, which changes no softmax
     if not isinstance(a, Product) or not isinstance(b, Tensor) or not b.is_floating_point():
         raise UnreadableError
     return _of(a).plus(-b)
@@ -664,9 +745,37 @@ def _softmax(
     reading: Reading, x: Product, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
 ) -> Terms:
     terms = _of(x)
-    if terms.softmax or dim not in (-1, len(terms.shape) - 1):
+    if terms.softmax or terms.normal or dim not in (-1, len(terms.shape) - 1):
         raise UnreadableError
     return replace(terms, softmax=True, dtype=dtype or terms.dtype)
+
+
+def _largest(
+    reading: Reading, x: Product, dim: Any = None, keepdim: bool = False
+) -> PerQuery:
+    terms = _of(x)
+    if not keepdim or terms.softmax or terms.normal or dim not in (-1, len(terms.shape) - 1):
+        raise UnreadableError
+    return PerQuery(terms)
+
+
+def _normaliser(
+    reading: Reading, x: Product, dim: Any = None, keepdim: bool = False
+) -> PerQuery:
+    return replace(_largest(reading, x, dim, keepdim), normaliser=True)
+
+
+def _exp(reading: Reading, x: Product) -> Terms:
+    terms = _of(x)
+    if not terms.normal:
+        raise UnreadableError
+    return replace(terms, normal=False, softmax=True)
+
+
+def _detach(reading: Reading, x: Product) -> PerQuery:
+    if x.per_query is None or x.per_query.normaliser:
+        raise UnreadableError
+    return x.per_query
 
 
 def _dropout(
@@ -692,10 +801,19 @@ def _unsqueeze(reading: Reading, x: Product, dim: int) -> Terms:
     return _of(x).view(tuple(shape))
 
 
+def _expand_as(reading: Reading, x: Any, other: Any) -> Tensor:
+    if not isinstance(x, Tensor) or not isinstance(other, Product):
+        raise UnreadableError
+    return x.expand(other.shape)
+
+
 def _masked_fill(reading: Reading, x: Product, mask: Any, value: Any) -> Terms:
+    terms = _of(x)
+    if terms.softmax and _constant(value) == 0 and any(mask is m for m in terms.hidden):
+        return terms  # their weights are 0
     if not _hides(value) or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise UnreadableError
-    return _of(x).seen_where(~mask)
+    return replace(terms.seen_where(~unexpanded(mask)), hidden=(*terms.hidden, mask))
 
 
 def _where(reading: Reading, condition: Any, x: Any, other: Any) -> Terms:
@@ -743,10 +861,15 @@ STEPS: dict[str, Callable[..., Any]] = {
     "true_divide": _over,
     "truediv": _over,
     "softmax": _softmax,
+    "amax": _largest,
+    "logsumexp": _normaliser,
+    "exp": _exp,
+    "detach": _detach,
     "dropout": _dropout,
     "view": _view,
     "reshape": _view,
     "unsqueeze": _unsqueeze,
+    "expand_as": _expand_as,
     "masked_fill": _masked_fill,
     "where": _where,
     "max": _at_least,

@@ -2,5 +2,16 @@
 
 from importlib import import_module
 
-for _room in ("interface", "t5", "alibi", "attn_method", "relative", "deberta", "explicit"):
+for _room in (
+    "interface",
+    "t5",
+    "alibi",
+    "attn_method",
+    "relative",
+    "deberta",
+    "sliding",
+    "bigbird",
+    "vits",
+    "explicit",
+):
     import_module(f"{__name__}.{_room}")

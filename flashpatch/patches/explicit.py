@@ -20,6 +20,8 @@ KEYED: tuple[str, ...] = ()
 # Classes that slice or invert it first, or whose masks are their own model's.
 CLASSES = (
     "bark.modeling_bark.BarkSelfAttention",
+    "big_bird.modeling_big_bird.BigBirdSelfAttention",
+    "bigbird_pegasus.modeling_bigbird_pegasus.BigBirdPegasusSelfAttention",
     "blip.modeling_blip.BlipAttention",
     "blip_text.modeling_blip_text.BlipTextSelfAttention",
     "bros.modeling_bros.BrosSelfAttention",
@@ -64,10 +66,11 @@ CLASSES = (
     "layoutlmv2.modeling_layoutlmv2.LayoutLMv2SelfAttention",
     "layoutlmv3.modeling_layoutlmv3.LayoutLMv3SelfAttention",
     "led.modeling_led.LEDDecoderAttention",
-    "led.modeling_led.LEDEncoderSelfAttention",
     "levit.modeling_levit.LevitAttention",
     "levit.modeling_levit.LevitAttentionSubsample",
     "lilt.modeling_lilt.LiltSelfAttention",
+    "longt5.modeling_longt5.LongT5LocalAttention",
+    "longt5.modeling_longt5.LongT5TransientGlobalAttention",
     "luke.modeling_luke.LukeSelfAttention",
     "lxmert.modeling_lxmert.LxmertAttention",
     "mask2former.modeling_mask2former.Mask2FormerAttention",
@@ -80,9 +83,9 @@ CLASSES = (
     "mpnet.modeling_mpnet.MPNetSelfAttention",
     "mpt.modeling_mpt.MptAttention",
     "mvp.modeling_mvp.MvpAttention",
+    "nystromformer.modeling_nystromformer.NystromformerSelfAttention",
     "omdet_turbo.modeling_omdet_turbo.OmDetTurboMultiheadAttention",
     "oneformer.modeling_oneformer.OneFormerAttention",
-    "openai.modeling_openai.Attention",
     "pegasus_x.modeling_pegasus_x.PegasusXGlobalLocalAttention",
     "perceiver.modeling_perceiver.PerceiverSelfAttention",
     "pp_doclayout_v2.modeling_pp_doclayout_v2.PPDocLayoutV2ReadingOrderSelfAttention",
@@ -91,6 +94,7 @@ CLASSES = (
     "prophetnet.modeling_prophetnet.ProphetNetNgramSelfAttention",
     "pvt.modeling_pvt.PvtEfficientSelfAttention",
     "pvt_v2.modeling_pvt_v2.PvtV2SelfAttention",
+    "reformer.modeling_reformer.LocalSelfAttention",
     "rembert.modeling_rembert.RemBertSelfAttention",
     "roformer.modeling_roformer.RoFormerSelfAttention",
     "sam.modeling_sam.SamVisionAttention",
@@ -115,13 +119,14 @@ CLASSES = (
     "vilt.modeling_vilt.ViltSelfAttention",
     "visual_bert.modeling_visual_bert.VisualBertSelfAttention",
     "vitdet.modeling_vitdet.VitDetAttention",
-    "vits.modeling_vits.VitsAttention",
     "wavlm.modeling_wavlm.WavLMAttention",
     "xglm.modeling_xglm.XGLMAttention",
     "xlm.modeling_xlm.MultiHeadAttention",
     "xlnet.modeling_xlnet.XLNetRelativeAttention",
     "torch.nn.modules.activation.MultiheadAttention",
 )
+# Those that add to the output in place.
+CHANGE_OUTPUT = ("nystromformer.modeling_nystromformer.NystromformerSelfAttention",)
 
 _ASKED = ("output_attentions", "head_mask", "layer_head_mask")
 
@@ -140,7 +145,8 @@ def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     asked = {name: args[at] for name, at in _places(cls).items() if at < len(args)}
     asked |= {name: kwargs[name] for name in _ASKED if name in kwargs}
     blocked = why_blocked(module, settings, asked)
-    with Reading(settings, blocked):
+    changes = f"{cls.__module__}.{cls.__qualname__}".endswith(CHANGE_OUTPUT)
+    with Reading(settings, blocked, changes_output=changes):
         out = cls.forward(module, *args, **kwargs)
     return released(out, weights=blocked is not None)
 

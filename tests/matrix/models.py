@@ -85,7 +85,7 @@ def build(model_type: str, row: Row) -> Any:
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 module.weight.normal_()
-    return model.float().eval()
+    return model.float().train(row.training)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ def calls_of(model: Any, row: Row) -> list[Call]:
         arguments = row.inputs(model)
     if row.more is not None:
         arguments = {**arguments, **row.more(model)}
-    calls = [Call("forward", arguments)]
+    forwards = type(model).forward is not nn.Module.forward  # some are only made of parts
+    calls = [Call("forward", arguments)] if forwards else []
     for method in dict.fromkeys((*TOWERS, *row.calls)):
         if method in row.calls:
             make = row.calls[method]

@@ -19,7 +19,8 @@ class Row:
         reference: The attention that is right where the model's eager one is known to be wrong.
         paddings: How token masks may be padded; fewer where the model itself mixes padding in.
         generates: Whether greedy generation is compared, if the class can generate.
-        because: Why `reference`, `paddings` or `generates` differ, or what else is to be known.
+        training: Whether the model is in training mode, in which it has no dropout here either.
+        because: Why `reference`, `paddings`, `generates` or `training` differ, or what else is to be known.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -30,4 +31,5 @@ class Row:
     reference: str = "eager"
     paddings: tuple[str, ...] = ("left", "right")
     generates: bool = True
+    training: bool = False
     because: str = ""
