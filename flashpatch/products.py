@@ -281,7 +281,9 @@ class Product:
     def compute(self) -> Tensor:
         """The tensor itself."""
         if self.computed is None:
-            self.computed = self.replay()
+            # a `Reading` that goes on would only make a product of it again
+            with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+                self.computed = self.replay()
             self.terms = None
         return self.computed
 

@@ -130,3 +130,11 @@ def test_the_shape_of_scores_is_known_before_they_are_computed() -> None:
         assert scores.view(B, QH, -1, KH, KW).shape == (B, QH, QW, KH, KW)
         assert scores.view(2, 2, N, KH, KW).shape == (2, 2, N, KH, KW)
         assert scores.computed is None
+
+
+def test_what_only_a_tensor_knows_of_scores_can_be_asked_while_they_are_read() -> None:
+    q, k = inputs()[:2]
+    with Reading(Settings()):
+        scores = q.requires_grad_() @ k.transpose(-2, -1)
+        # it was computed within the reading, which made a product of it, without end
+        assert scores.requires_grad
