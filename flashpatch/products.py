@@ -537,6 +537,8 @@ def _baddbmm(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _einsum(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) == 2 and isinstance(args[1], tuple | list):
+        args = (args[0], *args[1])
     if len(args) != 3 or not isinstance(args[0], str):
         return NotImplemented
     equation, a, b = args

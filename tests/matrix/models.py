@@ -158,6 +158,9 @@ class Step:
 def step(model: Any, call: Call) -> Step:
     """One forward and backward pass; of padded tokens nothing is looked at."""
     model.zero_grad()
+    # what a model keeps while it is not trained would hold the graph of the step before
+    model.train()
+    model.eval()
     outputs = dict(tensors_of(call.run(model)))
     mask = call.arguments.get("attention_mask")
     if mask is not None and mask.ndim == 2:
