@@ -44,6 +44,8 @@ class Terms:
         k: [*lead, M, D], likewise.
         lead: The sizes before N and M as finely as the class has split them.
         shown: The same as the class has now merged them.
+        rows: N as the class has now split it, such as (height, width); (N,) where it has not.
+        columns: M, likewise.
         scale: Factor on q k^T.
         biases: Added to the scores, [*lead, N, M], each size may be 1.
         masks: bool, true where a key is seen, likewise; or int32 as `masks.pack` makes it.
@@ -58,6 +60,8 @@ class Terms:
     k: Tensor
     lead: Lead
     shown: Lead
+    rows: Lead
+    columns: Lead
     scale: float = 1.0
     biases: tuple[Tensor, ...] = ()
     masks: tuple[Tensor, ...] = ()
@@ -73,7 +77,7 @@ class Terms:
         lead = tuple(torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]))
         dims = len(lead) + 2
         q, k = (x[(None,) * (dims - x.ndim)] for x in (q, k))
-        return Terms(q, k, lead, lead, dtype=q.dtype)
+        return Terms(q, k, lead, lead, (q.shape[-2],), (k.shape[-2],), dtype=q.dtype)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -83,18 +87,25 @@ class Terms:
     @property
     def shape(self) -> torch.Size:
         """As the class sees it."""
-        return torch.Size((*self.shown, *self.sizes))
+        return torch.Size((*self.shown, *self.rows, *self.columns))
+
+    @property
+    def whole(self) -> bool:
+        """Whether neither N nor M is split."""
+        return len(self.rows) == len(self.columns) == 1
 
     def view(self, shape: Lead) -> "Terms":
-        """With other sizes before N and M, of which none is split and merged at once."""
+        """With N and M split, or with other sizes before them; none is split and merged at once."""
         if -1 in shape:
             others = -math.prod(shape)
             shape = tuple(math.prod(self.shape) // others if s == -1 else s for s in shape)
-        if len(shape) < 3 or shape[-2:] != self.sizes:
+        n, m = self.sizes
+        lead, columns = tail(shape, m)
+        lead, rows = tail(lead, n)
+        if not lead:
             raise UnreadableError
-        lead = tuple(shape[:-2])
         if groups(lead, self.lead) is not None:
-            return replace(self, shown=lead, hidden=())
+            return replace(self, shown=lead, rows=rows, columns=columns, hidden=())
         if groups(self.lead, lead) is None:
             raise UnreadableError
         split = partial(spread, coarse=self.lead, fine=lead)
@@ -104,6 +115,8 @@ class Terms:
             k=split(self.k),
             lead=lead,
             shown=lead,
+            rows=rows,
+            columns=columns,
             hidden=(),
             biases=tuple(map(split, self.biases)),
             masks=tuple(m if m.dtype == torch.int32 else split(m) for m in self.masks),
@@ -111,20 +124,22 @@ class Terms:
 
     def fitted(self, x: Tensor) -> Tensor:
         """A tensor that meets this one as it is shown, [*lead, N, M] with sizes of 1."""
-        missing = len(self.shown) + 2 - x.ndim
+        missing = len(self.shape) - x.ndim
         if missing < 0:
             raise UnreadableError
-        return spread(unexpanded(x)[(None,) * missing], coarse=self.shown, fine=self.lead)
+        x = spread(unexpanded(x)[(None,) * missing], coarse=self.shown, fine=self.lead)
+        for place, sizes in ((-1, self.columns), (-2, self.rows)):
+            x = joined(x, place, sizes)
+        return x
 
     def scaled(self, factor: Any) -> "Terms":
         """Times a number, or a tensor that has one for each query."""
         if self.softmax or self.normal:
             raise UnreadableError
         if isinstance(factor, Tensor):
-            factor = factor[(None,) * (2 - factor.ndim)] if factor.ndim < 2 else factor
+            factor = self.fitted(factor)
             if factor.shape[-1] != 1 or not factor.is_floating_point():
                 raise UnreadableError
-            factor = self.fitted(factor)
             q = self.q * factor.to(self.q.dtype)
             return replace(self, q=q, biases=tuple(b * factor for b in self.biases))
         if isinstance(factor, bool) or not isinstance(factor, int | float):
@@ -140,7 +155,7 @@ class Terms:
             return self
         if not isinstance(x, Tensor):
             raise UnreadableError
-        if x.dtype == torch.int32 and x.ndim == 4:
+        if x.dtype == torch.int32 and x.ndim == 4 and self.whole:
             return replace(self, masks=(*self.masks, x))
         if not x.is_floating_point():
             raise UnreadableError
@@ -161,7 +176,7 @@ class Terms:
         if v.ndim < len(self.shown) + 2:
             v = v[(None,) * (len(self.shown) + 2 - v.ndim)]
         v = spread(v, coarse=self.shown, fine=self.lead)
-        if not self.softmax or v.shape[-2] != m:
+        if not self.softmax or not self.whole or v.shape[-2] != m:
             raise UnreadableError
         q = merge(self.q.expand(*self.lead, *self.q.shape[-2:]))
         k, v = merge(self.k), merge(v)
@@ -194,10 +209,12 @@ class PerQuery:
     Attributes:
         terms: The product.
         normaliser: Whether it is the logarithm of the sum of the scores' exponentials.
+        kept: Whether the last size is there already.
     """
 
     terms: Terms
     normaliser: bool = False
+    kept: bool = True
 
 
 def unexpanded(x: Tensor) -> Tensor:
@@ -206,6 +223,30 @@ def unexpanded(x: Tensor) -> Tensor:
         if size > 1 and stride == 0:
             x = x.narrow(place, 0, 1)
     return x
+
+
+def tail(shape: Lead, size: int) -> tuple[Lead, Lead]:
+    """The sizes in two: the fewest at the end whose product is `size`, behind the others."""
+    product = 1
+    for at in range(len(shape) - 1, -1, -1):
+        product *= shape[at]
+        if product == size:
+            return tuple(shape[:at]), tuple(shape[at:])
+    raise UnreadableError
+
+
+def joined(x: Tensor, place: int, sizes: Lead) -> Tensor:
+    """X with those sizes, of which it may have 1 instead, as one that ends at `place`."""
+    if len(sizes) == 1:
+        return x
+    after = x.ndim + place + 1
+    start = after - len(sizes)
+    given = x.shape[start:after]
+    if any(had not in (1, size) for had, size in zip(given, sizes, strict=True)):
+        raise UnreadableError
+    if not all(had == 1 for had in given):
+        x = x.expand(*x.shape[:start], *sizes, *x.shape[after:])
+    return x.flatten(start, after - 1)
 
 
 def groups(coarse: Lead, fine: Lead) -> list[int] | None:
@@ -280,7 +321,9 @@ class Product:
     def compute(self) -> Tensor:
         """The tensor itself."""
         if self.computed is None:
-            self.computed = self.replay()
+            # a `Reading` that goes on would only make a product of it again
+            with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+                self.computed = self.replay()
             self.terms = None
         return self.computed
 
@@ -551,6 +594,8 @@ _OTHERS = "ABCDEFGH"  # stand for the sizes that an equation does not name
 
 
 def _einsum(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) == 2 and isinstance(args[1], tuple | list):
+        args = (args[0], *args[1])
     if len(args) != 3 or not isinstance(args[0], str):
         return NotImplemented
     equation, a, b = args
@@ -719,6 +764,8 @@ def _plus(reading: Reading, a: Any, b: Any, alpha: float = 1) -> Terms:
 def _minus(reading: Reading, a: Any, b: Any) -> Terms:
     if isinstance(a, Product) and isinstance(b, Product) and b.per_query is not None:
         terms = _of(a)
+        if not b.per_query.kept:
+            raise UnreadableError
         if b.per_query.normaliser and b.per_query.terms is terms:
             return replace(terms, normal=True)
         if b.per_query.normaliser or b.per_query.terms.shape != terms.shape:
@@ -745,23 +792,21 @@ def _softmax(
     reading: Reading, x: Product, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
 ) -> Terms:
     terms = _of(x)
-    if terms.softmax or terms.normal or dim not in (-1, len(terms.shape) - 1):
+    split = terms.softmax or terms.normal or not terms.whole
+    if split or dim not in (-1, len(terms.shape) - 1):
         raise UnreadableError
     return replace(terms, softmax=True, dtype=dtype or terms.dtype)
 
 
-def _largest(
-    reading: Reading, x: Product, dim: Any = None, keepdim: bool = False
-) -> PerQuery:
+def _largest(reading: Reading, x: Product, dim: Any = None, keepdim: bool = False) -> PerQuery:
     terms = _of(x)
-    if not keepdim or terms.softmax or terms.normal or dim not in (-1, len(terms.shape) - 1):
+    done = terms.softmax or terms.normal or not terms.whole
+    if done or dim not in (-1, len(terms.shape) - 1):
         raise UnreadableError
-    return PerQuery(terms)
+    return PerQuery(terms, kept=keepdim)
 
 
-def _normaliser(
-    reading: Reading, x: Product, dim: Any = None, keepdim: bool = False
-) -> PerQuery:
+def _normaliser(reading: Reading, x: Product, dim: Any = None, keepdim: bool = False) -> PerQuery:
     return replace(_largest(reading, x, dim, keepdim), normaliser=True)
 
 
@@ -795,16 +840,23 @@ def _view(reading: Reading, x: Product, *shape: Any) -> Terms:
     return _of(x).view(shape)
 
 
-def _unsqueeze(reading: Reading, x: Product, dim: int) -> Terms:
-    shape = list(_of(x).shape)
-    shape.insert(dim if dim >= 0 else len(shape) + 1 + dim, 1)
-    return _of(x).view(tuple(shape))
+def _view_as(reading: Reading, x: Any, other: Any) -> Any:
+    """A tensor may be given the shape of a product, which is known before it is computed."""
+    return _of(x).view(tuple(other.shape)) if isinstance(x, Product) else x.reshape(other.shape)
 
 
 def _expand_as(reading: Reading, x: Any, other: Any) -> Tensor:
-    if not isinstance(x, Tensor) or not isinstance(other, Product):
+    if isinstance(x, Product):
         raise UnreadableError
     return x.expand(other.shape)
+
+
+def _unsqueeze(reading: Reading, x: Product, dim: int) -> Terms | PerQuery:
+    if x.per_query is not None and not x.per_query.kept and dim == -1:
+        return replace(x.per_query, kept=True)
+    shape = list(_of(x).shape)
+    shape.insert(dim if dim >= 0 else len(shape) + 1 + dim, 1)
+    return _of(x).view(tuple(shape))
 
 
 def _masked_fill(reading: Reading, x: Product, mask: Any, value: Any) -> Terms:
@@ -868,8 +920,10 @@ STEPS: dict[str, Callable[..., Any]] = {
     "dropout": _dropout,
     "view": _view,
     "reshape": _view,
-    "unsqueeze": _unsqueeze,
+    "view_as": _view_as,
+    "reshape_as": _view_as,
     "expand_as": _expand_as,
+    "unsqueeze": _unsqueeze,
     "masked_fill": _masked_fill,
     "where": _where,
     "max": _at_least,

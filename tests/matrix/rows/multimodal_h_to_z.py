@@ -163,6 +163,7 @@ ROWS: dict[str, Row] = {
         because="The default config has no size of a head and no sections.",
     ),
     "idefics": Row(
+        config={"use_resampler": True, "perceiver_config": {"resampler_n_latents": 4}},
         more=lambda model: {
             "pixel_values": pixels(model)[:, None],
             "image_attention_mask": torch.ones(BATCH, LENGTH, 1, dtype=torch.long),
@@ -361,34 +362,6 @@ ROWS: dict[str, Row] = {
         calls={"get_image_features": None},
         because="Images have no attention but in the text.",
     ),
-    "nougat": Row(
-        config={
-            "from_scratch": True,
-            "decoder_start_token_id": 2,
-            "pad_token_id": 1,
-            "encoder": {
-                "model_type": "donut-swin",
-                "image_size": 32,
-                "embed_dim": 16,
-                "depths": [2, 2],
-                "num_heads": [2, 4],
-                "window_size": 2,
-            },
-            "decoder": {
-                "model_type": "mbart",
-                "vocab_size": 99,
-                "max_position_embeddings": 128,
-                "d_model": 32,
-                "decoder_layers": 2,
-                "decoder_attention_heads": 4,
-                "decoder_ffn_dim": 48,
-                "is_decoder": True,
-                "add_cross_attention": True,
-            },
-        },
-        model="VisionEncoderDecoderModel",
-        because="The default config names an encoder that transformers does not know.",
-    ),
     "paddleocr_vl": Row(
         config={"text_config": sections(2, 1, 1)},
         calls=one_call(
@@ -402,7 +375,7 @@ ROWS: dict[str, Row] = {
     "paligemma": Row(
         config={"text_config": {"num_key_value_heads": 1}},
         more=lambda model: {"token_type_ids": torch.tensor([[0] * 8 + [1] * 4] * BATCH)},
-        because="Without these types the model's own sdpa sees later tokens, and its eager does not.",
+        because="Without types its own sdpa sees later tokens, and its eager does not.",
     ),
     "perception_lm": Row(
         config={
