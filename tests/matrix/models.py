@@ -142,7 +142,9 @@ def tensors_of(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield path, output
     elif isinstance(output, Mapping):
         for name, value in output.items():
-            yield from tensors_of(value, f"{path}.{name}")
+            # attention weights, which some models return unasked, are none where an engine computes
+            if "attentions" not in name:
+                yield from tensors_of(value, f"{path}.{name}")
     elif isinstance(output, tuple | list):
         for index, value in enumerate(output):
             yield from tensors_of(value, f"{path}[{index}]")
@@ -159,6 +161,9 @@ class Step:
 def step(model: Any, call: Call) -> Step:
     """One forward and backward pass; of padded tokens nothing is looked at."""
     model.zero_grad()
+    # what a model keeps while it is not trained would hold the graph of the step before
+    model.train()
+    model.eval()
     outputs = dict(tensors_of(call.run(model)))
     mask = call.arguments.get("attention_mask")
     if mask is not None and mask.ndim == 2:
