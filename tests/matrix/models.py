@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ def model_class(config: Any) -> type[PreTrainedModel]:
         names = (MAPPINGS[1], *MAPPINGS)
     for name in names:
         mapping = getattr(modeling_auto, name, {})
-        found = mapping[type(config)] if type(config) in mapping.keys() else None
+        found = mapping.get(type(config), None)
         if found is not None:
             return found[0] if isinstance(found, tuple) else found
     module = importlib.import_module(
@@ -90,13 +91,13 @@ def build(model_type: str, row: Row) -> Any:
 
 @dataclass(frozen=True)
 class Call:
-    """One method of a model and its arguments."""
+    """One method of a model, or `part.method` of a part of it, and its arguments."""
 
     method: str
     arguments: dict[str, Any]
 
     def run(self, model: Any) -> Any:
-        return getattr(model, self.method)(**self.arguments)
+        return attrgetter(self.method)(model)(**self.arguments)
 
 
 # Methods that run a part of the model which `forward` may not reach without images or sound.
@@ -105,6 +106,8 @@ TOWERS = ("get_image_features", "get_audio_features")
 
 def calls_of(model: Any, row: Row) -> list[Call]:
     """What the row calls: `forward`, and each tower that has a method of its own."""
+    if row.calls.get("forward", row) is None:
+        return [Call(method, make(model)) for method, make in row.calls.items() if make]
     if row.inputs is None:
         arguments = inputs_by_name(model)
     else:
@@ -158,6 +161,26 @@ class Step:
     gradients: dict[str, Tensor]
 
 
+def of_tokens(outputs: dict[str, Tensor], real: Tensor) -> dict[str, Tensor]:
+    """What of the outputs belongs to tokens that are no padding.
+
+    Of sound and images, whose masks are finer than the tokens, one in several entries tells; where
+    none does, all outputs are taken.
+    """
+    batch, length = real.shape
+    for coarse in (False, True):
+        found = {}
+        for name, x in outputs.items():
+            if x.ndim < 2 or x.shape[0] != batch or not 0 < x.shape[1] <= length:
+                continue
+            factor, rest = divmod(length, x.shape[1])
+            if rest == 0 and (coarse or factor == 1):
+                found[name] = x[real[:, ::factor]]
+        if found:
+            return found
+    return outputs
+
+
 def step(model: Any, call: Call) -> Step:
     """One forward and backward pass; of padded tokens nothing is looked at."""
     model.zero_grad()
@@ -167,10 +190,7 @@ def step(model: Any, call: Call) -> Step:
     outputs = dict(tensors_of(call.run(model)))
     mask = call.arguments.get("attention_mask")
     if mask is not None and mask.ndim == 2:
-        real = mask.bool()
-        outputs = {
-            name: x[real] for name, x in outputs.items() if x.shape[: real.ndim] == real.shape
-        }
+        outputs = of_tokens(outputs, mask.bool())
     outputs = {name: x for name, x in outputs.items() if x.numel()}
     assert outputs, "the model gives no output that can be compared"
     generator = torch.Generator().manual_seed(2)
@@ -257,4 +277,7 @@ def generated(model: Any, call: Call) -> Tensor | None:
     if not model.can_generate() or call.method != "forward":
         return None
     arguments = {n: x for n, x in call.arguments.items() if not n.startswith("decoder_")}
-    return model.generate(**arguments, do_sample=False, min_new_tokens=4, max_new_tokens=4)
+    if getattr(model.config, "is_encoder_decoder", False):
+        arguments["decoder_start_token_id"] = 1
+    out = model.generate(**arguments, do_sample=False, min_new_tokens=4, max_new_tokens=4)
+    return out if isinstance(out, Tensor) else out.sequences
