@@ -47,6 +47,22 @@ NUMBER_BLOCKS_IN_RUNS = frozenset(
     )
 )
 
+# Models that slice, merge or read masks themselves before they give them to attention, each with
+# the function of transformers that makes what they expect: booleans, or numbers to add where the
+# model knows eager attention alone.
+COMPUTE_WITH_MASKS: dict[str, Callable[..., Tensor | None]] = {
+    "axk2": masking_utils.sdpa_mask,
+    "deepseek_v32": masking_utils.sdpa_mask,
+    "deepseek_v4": masking_utils.eager_mask,
+    "doge": masking_utils.sdpa_mask,
+    "dots3_note_text": masking_utils.sdpa_mask,
+    "glm_moe_dsa": masking_utils.sdpa_mask,
+    "hy_v4": masking_utils.sdpa_mask,
+    "mistral_large4_text": masking_utils.sdpa_mask,
+    "nllb-moe": masking_utils.eager_mask,
+    "t5gemma2_decoder": masking_utils.sdpa_mask,
+}
+
 
 def fpatch_mask(
     batch_size: int,
@@ -83,9 +99,29 @@ def fpatch_mask(
         kwargs: What other mask functions need.
 
     Returns:
-        None (causal or no mask, as the module says), int32 as `unpack` reads it, or bool
-        [B, 1, N, M].
+        None (causal or no mask, as the module says), int32 as `unpack` reads it, or [B, 1, N, M]:
+        bool, or additive for some of `COMPUTE_WITH_MASKS`.
     """
+    model_type = getattr(config, "model_type", None)
+    given = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "local_size": local_size,
+        "use_vmap": use_vmap,
+        "device": device,
+        **kwargs,
+    }
+    if model_type in COMPUTE_WITH_MASKS:
+        return COMPUTE_WITH_MASKS[model_type](
+            **given,
+            allow_is_causal_skip=allow_is_causal_skip,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        )
     if attention_mask is None:
         local = local_size is not None and kv_length >= local_size
         if allow_is_bidirectional_skip and not local:
@@ -106,24 +142,12 @@ def fpatch_mask(
         mask_function,
         attention_mask,
         sole_author=not use_vmap,
-        model_type=getattr(config, "model_type", None),
+        model_type=model_type,
     )
     if mask is not None:
         return pack(mask)
     return masking_utils.sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,  # type: ignore[arg-type]
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        allow_is_causal_skip=False,
-        allow_is_bidirectional_skip=False,
-        use_vmap=use_vmap,
-        device=device,
-        **kwargs,
+        **given, allow_is_causal_skip=False, allow_is_bidirectional_skip=False
     )
 
 

@@ -12,6 +12,7 @@ from transformers import AttentionMaskInterface, DynamicCache, MistralConfig, St
 from transformers import masking_utils as creators
 
 from flashpatch.masks import (
+    COMPUTE_WITH_MASKS,
     documents_from_position_ids,
     expand,
     fpatch_mask,
@@ -150,6 +151,18 @@ def test_masks_with_a_cache_are_exact_at_every_step(kind, steps, padding):
         # Only now: a static cache has moved its counter on, which no mask may notice.
         assert full.shape[-1] == keys.shape[2]
         assert_same((tensor, full), n, keys.shape[2], name)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("model_type", COMPUTE_WITH_MASKS)
+def test_models_that_read_masks_get_those_they_know(model_type, padding):
+    # a compact mask was sliced as if it were one of keys; none, where a model had no attention but
+    # eager's, was taken for bidirectional
+    x, mask = torch.zeros(2, 6, 8), paddings(2, 6)[padding]
+    tensor, full = created("window", config(model_type), x, mask, past_key_values=None)
+    additive = COMPUTE_WITH_MASKS[model_type] is creators.eager_mask
+    assert tensor.is_floating_point() == additive
+    assert torch.equal(tensor == 0 if additive else tensor, full)
 
 
 @pytest.mark.parametrize("name", ["causal", "bidirectional"])

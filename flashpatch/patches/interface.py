@@ -81,13 +81,18 @@ def fpatch_attention(
         value: [B, H_kv, M, Dv].
         attention_mask: As `fpatch_mask` makes it (int32), or a 4-D boolean or additive mask.
         kwargs: `scaling`, `dropout`, `is_causal`, `position_bias`, `softcap`, `s_aux`,
-            `position_ids`, `cu_seq_lens_q` and what else the model passes.
+            `position_ids`, `cu_seq_lens_q`, `indices`, `block_indices` and what else the model
+            passes.
 
     Returns:
         The output [B, N, H, Dv], and the attention weights where the original computes them.
     """
     settings: Settings = getattr(module, "_flashpatch", DEFAULT)
     causal = is_causal(module, query.shape[2], attention_mask, kwargs.get("is_causal"))
+    selected = selected_keys(module, query.shape[1], key.shape[2], kwargs)
+    if selected is not None:
+        attention_mask = among(selected, attention_mask, causal)
+        kwargs = {n: x for n, x in kwargs.items() if n not in ("indices", "block_indices")}
 
     def original() -> tuple[Tensor, Tensor | None]:
         return run_original(
@@ -113,6 +118,41 @@ def is_causal(
     """
     causal = getattr(module, "is_causal", True) if stated is None else stated
     return bool(causal) and attention_mask is None and n > 1
+
+
+def selected_keys(
+    module: nn.Module, heads: int, n_keys: int, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The keys that an indexer chose for each query, bool [B, H|1, N, M], if the model has one.
+
+    `indices` are keys, int [B, N, T]. `block_indices` are blocks of keys, int [B, H_kv, N, T], of
+    the size that the config gives, and -1 is none.
+
+    Source: transformers, `DeepseekV32Attention.forward`, `MiniMaxM3VLIndexer.build_block_mask`.
+    """
+    indices, blocks = kwargs.get("indices"), kwargs.get("block_indices")
+    if indices is not None:
+        none = indices.new_zeros((*indices.shape[:-1], n_keys), dtype=torch.bool)
+        return none.scatter(-1, indices.long(), True)[:, None]
+    if blocks is None:
+        return None
+    size = module.config.index_block_size
+    count = -(-n_keys // size)
+    none = blocks.new_zeros((*blocks.shape[:-1], count + 1), dtype=torch.bool)
+    chosen = none.scatter(-1, blocks.masked_fill(blocks < 0, count), True)[..., :count]
+    each = chosen.repeat_interleave(size, dim=-1)[..., :n_keys]
+    return each.repeat_interleave(heads // blocks.shape[1], dim=1)
+
+
+def among(selected: Tensor, attention_mask: Tensor | None, causal: bool) -> Tensor:
+    """The mask by which queries see none but the selected keys, bool [B, H|1, N, M]."""
+    n, m = selected.shape[2:]
+    if attention_mask is None:
+        band = Band(right=0) if causal else Band()
+        return selected & masks.allowed(band, n, m, selected.device)
+    if attention_mask.is_floating_point():
+        return attention_mask.masked_fill(~selected, torch.finfo(attention_mask.dtype).min)
+    return selected & masks.allowed(unpack(attention_mask, n, m), n, m, selected.device)
 
 
 def why_blocked(module: nn.Module, settings: Settings, kwargs: dict[str, Any]) -> Reason | None:
