@@ -60,8 +60,12 @@ COMPUTE_WITH_MASKS: dict[str, Callable[..., Tensor | None]] = {
     "hy_v4": masking_utils.sdpa_mask,
     "mistral_large4_text": masking_utils.sdpa_mask,
     "nllb-moe": masking_utils.eager_mask,
+    "pix2struct_text_model": masking_utils.sdpa_mask,
+    "qwen4_exp_text": masking_utils.sdpa_mask,
     "t5gemma2_decoder": masking_utils.sdpa_mask,
 }
+# Models that do so for the one query by which they pool, whose mask they repeat for each head.
+POOL_WITH_MASKS = frozenset(("siglip2_vision_model",))
 
 
 def fpatch_mask(
@@ -116,8 +120,10 @@ def fpatch_mask(
         "device": device,
         **kwargs,
     }
-    if model_type in COMPUTE_WITH_MASKS:
-        return COMPUTE_WITH_MASKS[model_type](
+    pools = q_length == 1 and model_type in POOL_WITH_MASKS
+    make = masking_utils.sdpa_mask if pools else COMPUTE_WITH_MASKS.get(model_type or "")
+    if make is not None:
+        return make(
             **given,
             allow_is_causal_skip=allow_is_causal_skip,
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,
