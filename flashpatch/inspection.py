@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 _INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS|_ATTENTION_FUNCTIONS\b")
+_COMMENT = re.compile(r"#.*")
 _SOFTMAX = re.compile(
     r"[sS]oftmax\(|scaled_dot_product_attention\(|MultiheadAttention\(|"
     r"logsumexp\(|multi_head_attention_forward\("
@@ -54,9 +55,12 @@ def own_attention(cls: type) -> bool:
     source = source_of(cls)
     if source is None:
         return "Attention" in cls.__name__
+    source = _COMMENT.sub("", source)
     if _INTERFACE.search(source):
         return True
-    return bool(_SOFTMAX.search(source) and _PRODUCT.search(source)) and "Attention" in cls.__name__
+    if "Attention" not in cls.__name__ or cls.__name__.endswith(("Pooler", "Pooling")):
+        return False
+    return bool(_SOFTMAX.search(source) and _PRODUCT.search(source))
 
 
 @cache

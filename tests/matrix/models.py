@@ -97,6 +97,7 @@ class Call:
     arguments: dict[str, Any]
 
     def run(self, model: Any) -> Any:
+        torch.manual_seed(1)  # for those that draw noise
         return attrgetter(self.method)(model)(**self.arguments)
 
 
@@ -279,5 +280,8 @@ def generated(model: Any, call: Call) -> Tensor | None:
     arguments = {n: x for n, x in call.arguments.items() if not n.startswith("decoder_")}
     if getattr(model.config, "is_encoder_decoder", False):
         arguments["decoder_start_token_id"] = 1
+    was_training = model.training
+    model.eval()
     out = model.generate(**arguments, do_sample=False, min_new_tokens=4, max_new_tokens=4)
+    model.train(was_training)
     return out if isinstance(out, Tensor) else out.sequences

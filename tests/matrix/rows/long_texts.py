@@ -1,8 +1,12 @@
 """Models of long texts and other attention of their own."""
 
+from dataclasses import fields
+
 import torch
 from matrix.inputs import BATCH, LENGTH, draw, token_mask, tokens
 from matrix.row import Row
+from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2AtomInputs
+from transformers.models.esmfold2.protein_utils import prepare_protein_features
 
 
 def some_global(model):
@@ -19,6 +23,16 @@ def evolla(model):
     return {"protein_input_ids": tokens(10, seed=3, most=30), "protein_attention_mask": mask}
 
 
+def protein(model):
+    """A sequence of residues, and the atoms of each."""
+    features = prepare_protein_features("MKTAYIA")
+    del features["distogram_atom_idx"]
+    names = [field.name for field in fields(EsmFold2AtomInputs)]
+    atoms = EsmFold2AtomInputs(**{name: features.pop(name) for name in names})
+    return {**features, "atom_inputs": atoms}
+
+
+ATOMS = {"num_spatial_rope_pairs_per_axis": 1, "num_uid_rope_pairs": 1}
 EVOLLA = Row(
     config={
         "aligner_num_add_layers": 2,
@@ -80,9 +94,18 @@ ROWS: dict[str, Row] = {
                 "input_ids": tokens(),
                 "attention_mask": token_mask("left"),
             },
+            "generate": lambda model: {
+                "input_ids": tokens(),
+                "input_features": draw(BATCH, 16, 8),
+                "do_sample": False,
+                "max_new_tokens": 4,
+                "return_dict_in_generate": True,
+            },
         },
         paddings=(),
-        because="it gives a vector for each text; padded, the encoder of texts is called",
+        generates=False,
+        because="it gives a vector for each text; padded, the encoder of texts is called; "
+        "its `generate` fails unless it returns a dict",
     ),
     "cpmant": Row(config={"dim_head": 8, "dim_ff": 48, "prompt_length": 4, "segment_types": 4}),
     "esm": Row(
@@ -92,6 +115,29 @@ ROWS: dict[str, Row] = {
             "mask_token_id": 3,
             "position_embedding_type": "rotary",
         }
+    ),
+    "esmfold2": Row(
+        config={
+            "atom_feature_dim": None,
+            "single_inputs_size": 99,
+            "pairwise_hidden_size": 32,
+            "pair_transition_intermediate_size": 48,
+            "sliding_window": 8,
+            "num_loops": 1,
+            "folding_trunk_num_hidden_layers": 1,
+            "parcae_num_coda_layers": 1,
+            "atom_encoder": ATOMS,
+            "structure_head": {
+                "diffusion_module": {"atom_encoder": ATOMS, "pair_intermediate_size": 48},
+                "num_diffusion_samples": 1,
+                "inference_num_steps": 4,
+            },
+            "confidence_head": {"num_hidden_layers": 1},
+            "msa_encoder": {"num_hidden_layers": 1, "outer_hidden_size": 4},
+            "lm_encoder": {"num_hidden_layers": 1},
+        },
+        inputs=protein,
+        calls={"fold": lambda model: prepare_protein_features("MKTAY")},
     ),
     "evolla": EVOLLA,
     "led": Row(
@@ -126,9 +172,10 @@ ROWS: dict[str, Row] = {
             "hash_seed": 0,
             "num_buckets": 4,
             "local_attn_chunk_length": 4,
-            "lsh_attn_chunk_length": 4,
+            "lsh_attn_chunk_length": 8,
             "is_decoder": True,
         },
+        more=lambda model: {"input_ids": tokens(16)},
         training=True,
         because="its reversible layers compute no gradients in evaluation mode",
     ),
