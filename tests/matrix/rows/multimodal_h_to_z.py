@@ -70,6 +70,13 @@ def square_patches(model: Any) -> Tensor:
     return draw(int(grid(model).prod(-1).sum()), 3, size, size)
 
 
+def merged_patches(model: Any) -> Made:
+    """Patches that are put together, two by two, before they are given: [N, H, W, C]."""
+    size = 2 * look(model.config, "patch_size")
+    sizes = torch.tensor([[1, 2, 2], [1, 1, 2]])
+    return {"pixel_values": draw(6, size, size, 3), "image_grid_thw": sizes}
+
+
 def patches_in_a_row(model: Any) -> Made:
     """Two images of 4 x 4 and 4 x 8 patches side by side, [1, C, H, W]."""
     size = look(model.config, "patch_size")
@@ -180,7 +187,14 @@ ROWS: dict[str, Row] = {
         },
     ),
     "idefics3": Row(calls=one_call(images)),
+    "inkling2": Row(
+        config={"text_config": {"sliding_window_size": 5, "rel_extent": 9}},
+        calls=one_call(merged_patches),
+    ),
+    "inkling2_text": Row(config={"sliding_window_size": 5, "rel_extent": 9}),
+    "inkling2_vision": Row(inputs=merged_patches),
     "inkling_mm_model": Row(
+        config={"text_config": {"sliding_window_size": 5, "rel_extent": 9}},
         calls={"get_image_features": None, "get_audio_features": None},
         because="Neither of the towers has attention.",
     ),
@@ -247,6 +261,11 @@ ROWS: dict[str, Row] = {
     "kosmos_2_5_vision_model": Row(
         config={"max_num_patches": 16},
         inputs=lambda model: {"flattened_patches": placed_patches(model)},
+    ),
+    "layoutlmv2": Row(
+        more=lambda model: {"bbox": boxes(), "image": draw(BATCH, 3, 224, 224)},
+        needs="detectron2",
+        because="Its encoder has a test of its own, which needs no such package.",
     ),
     "layoutlmv3": Row(
         config={"coordinate_size": 6, "shape_size": 4, "input_size": 32},
@@ -489,7 +508,13 @@ ROWS: dict[str, Row] = {
         because="Of pixels it would take patches in a random order.",
     ),
     "vipllava": Row(config={"vision_feature_layer": [-2, -1]}),
-    "vision-encoder-decoder": Row(config={"decoder_start_token_id": 1, "pad_token_id": 0}),
+    "vision-encoder-decoder": Row(
+        config={
+            "decoder_start_token_id": 1,
+            "pad_token_id": 0,
+            "decoder": {"is_decoder": True, "add_cross_attention": True},
+        }
+    ),
     "vit_mae": Row(
         model="ViTMAEForPreTraining",
         more=lambda model: {"noise": draw(BATCH, 16)},
