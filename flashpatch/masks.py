@@ -63,8 +63,12 @@ COMPUTE_WITH_MASKS: dict[str, Callable[..., Tensor | None]] = {
     "lightglue": masking_utils.sdpa_mask,
     "mistral_large4_text": masking_utils.sdpa_mask,
     "nllb-moe": masking_utils.eager_mask,
+    "pix2struct_text_model": masking_utils.sdpa_mask,
+    "qwen4_exp_text": masking_utils.sdpa_mask,
     "t5gemma2_decoder": masking_utils.sdpa_mask,
 }
+# Models that do so for the one query by which they pool, whose mask they repeat for each head.
+POOL_WITH_MASKS = frozenset(("siglip2_vision_model",))
 
 # Models whose attention says that it is causal and, as they run on eager attention alone, is not
 # where it is given no mask: the images that bridgetower shows to its text.
@@ -127,12 +131,13 @@ def fpatch_mask(
         "device": device,
         **kwargs,
     }
-    whole = COMPUTE_WITH_MASKS.get(model_type)
+    make = COMPUTE_WITH_MASKS.get(model_type)
     sharing = config.num_kv_shared_layers if model_type in DROP_QUERIES else 0
-    if sharing and sharing == config.num_hidden_layers:  # an assistant, which flips its masks
-        whole = masking_utils.sdpa_mask
-    if whole is not None:
-        return whole(
+    flips = sharing and sharing == config.num_hidden_layers  # an assistant, which flips its masks
+    if flips or (q_length == 1 and model_type in POOL_WITH_MASKS):
+        make = masking_utils.sdpa_mask
+    if make is not None:
+        return make(
             **given,
             allow_is_causal_skip=allow_is_causal_skip,
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,

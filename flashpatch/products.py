@@ -282,10 +282,12 @@ class PerQuery:
     Attributes:
         terms: The product.
         normaliser: Whether it is the logarithm of the sum of the scores' exponentials.
+        kept: Whether the last size is there already.
     """
 
     terms: Terms
     normaliser: bool = False
+    kept: bool = True
 
 
 def unexpanded(x: Tensor) -> Tensor:
@@ -848,6 +850,8 @@ def _plus(reading: Reading, a: Any, b: Any, alpha: float = 1) -> Terms:
 def _minus(reading: Reading, a: Any, b: Any) -> Terms:
     if isinstance(a, Product) and isinstance(b, Product) and b.per_query is not None:
         terms = _of(a)
+        if not b.per_query.kept:
+            raise UnreadableError
         if b.per_query.normaliser and b.per_query.terms is terms:
             return replace(terms, normal=True)
         if b.per_query.normaliser or b.per_query.terms.shape != terms.shape or terms.softmax:
@@ -882,10 +886,10 @@ def _softmax(
 
 def _largest(reading: Reading, x: Product, dim: Any = None, keepdim: bool = False) -> PerQuery:
     terms = _of(x)
-    possible = keepdim and terms.whole and not (terms.softmax or terms.normal)
-    if not possible or dim not in (-1, len(terms.shape) - 1):
+    done = terms.softmax or terms.normal or not terms.whole
+    if done or dim not in (-1, len(terms.shape) - 1):
         raise UnreadableError
-    return PerQuery(terms)
+    return PerQuery(terms, kept=keepdim)
 
 
 def _normaliser(reading: Reading, x: Product, dim: Any = None, keepdim: bool = False) -> PerQuery:
@@ -938,7 +942,9 @@ def _expand_as(reading: Reading, x: Any, other: Any) -> Tensor:
     return x.expand(other.shape)
 
 
-def _unsqueeze(reading: Reading, x: Product, dim: int) -> Terms:
+def _unsqueeze(reading: Reading, x: Product, dim: int) -> Terms | PerQuery:
+    if x.per_query is not None and not x.per_query.kept and dim == -1:
+        return replace(x.per_query, kept=True)
     shape = list(_of(x).shape)
     shape.insert(dim if dim >= 0 else len(shape) + 1 + dim, 1)
     return _of(x).view(tuple(shape))

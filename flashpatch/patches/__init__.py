@@ -11,7 +11,6 @@ for _room in (
     "deberta",
     "sliding",
     "bigbird",
-    "vits",
     "explicit",
 ):
     import_module(f"{__name__}.{_room}")

@@ -20,8 +20,10 @@ from flashpatch.dispatch import (
     HEAD_MASK,
     OUTPUT_ATTENTIONS,
     SKIPPED,
+    Part,
     Settings,
     attend,
+    attend_parts,
     dropout_seed,
     fall_back,
     unknown_argument,
@@ -67,6 +69,7 @@ HARMLESS = frozenset(
         "seq_idx",
         "sliding_window",
         "use_cache",
+        "vision_feature_layer",
     )
 )
 
@@ -88,8 +91,8 @@ def fpatch_attention(
         value: [B, H_kv, M, Dv].
         attention_mask: As `fpatch_mask` makes it (int32), or a 4-D boolean or additive mask.
         kwargs: `scaling`, `dropout`, `is_causal`, `position_bias`, `softcap`, `s_aux`,
-            `position_ids`, `cu_seq_lens_q`, `indices`, `block_indices` and what else the model
-            passes.
+            `sinks`, `position_ids`, `cu_seq_lens_q`, `indices`, `block_indices` and what else the
+            model passes.
 
     Returns:
         The output [B, N, H, Dv], and the attention weights where the original computes them.
@@ -113,6 +116,10 @@ def fpatch_attention(
         return fall_back(blocked, settings, original)
 
     q, k, v, options = read_call(query, key, value, attention_mask, causal, settings, kwargs)
+    sinks = kwargs.get("sinks")
+    if sinks is not None:
+        out = attend_with_sinks((q, k, v, options), sinks, settings)
+        return original() if out is None else (out.transpose(1, 2), None)
     out = attend(q, k, v, options, settings, original)
     return out if isinstance(out, tuple) else (out.transpose(1, 2), None)
 
@@ -120,6 +127,28 @@ def fpatch_attention(
 def model_type(module: nn.Module) -> str | None:
     """That of the config which an attention module holds."""
     return getattr(getattr(module, "config", None), "model_type", None)
+
+
+def attend_with_sinks(part: Part, sinks: Tensor, settings: Settings) -> Tensor | None:
+    """Attention in which each query has a sink of its own; None if no engine serves it.
+
+    Without the sink, a query's weights have the sum 1; of exp(lse) + exp(sink) they are but
+    exp(lse), which is a sigmoid.
+
+    Args:
+        part: q, k, v and the options, as `attend` takes them.
+        sinks: Logits that take weight and give no value, [B, H, N, 1].
+        settings: Those of the module that makes the call.
+
+    Returns:
+        [B, H, N, Dv].
+    """
+    found = attend_parts([part], settings, lse=True)
+    if found is None:
+        return None
+    (out, lse), *_ = found
+    assert lse is not None
+    return out * torch.sigmoid(lse[..., None] - sinks).to(out.dtype)
 
 
 def is_causal(
@@ -197,6 +226,7 @@ READ = frozenset(
         "position_ids",
         "s_aux",
         "scaling",
+        "sinks",
         "softcap",
     )
 )

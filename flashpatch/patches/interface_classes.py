@@ -257,6 +257,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "hy_v4.modeling_hy_v4": ("HYV4Attention",),
     "hyperclovax.modeling_hyperclovax": ("HyperCLOVAXAttention",),
     "idefics.modeling_idefics": ("IdeficsAttention",),
+    "idefics.vision": ("IdeficsVisionAttention",),
     "idefics2.modeling_idefics2": (
         "Idefics2PerceiverAttention",
         "Idefics2VisionAttention",

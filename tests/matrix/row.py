@@ -22,7 +22,9 @@ class Row:
         paddings: How token masks may be padded; fewer where the model itself mixes padding in.
         generates: Whether greedy generation is compared, if the class can generate.
         training: Whether the model is in training mode, in which it has no dropout here either.
-        because: Why one of the last four differs, or what else is to be known.
+        needs: A package without which transformers cannot build the model.
+        because: Why `reference`, `paddings`, `generates` or `training` differ, or what else is to
+            be known.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -34,4 +36,5 @@ class Row:
     paddings: tuple[str, ...] = ("left", "right")
     generates: bool = True
     training: bool = False
+    needs: str = ""
     because: str = ""

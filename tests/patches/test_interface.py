@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.models.inkling2.modeling_inkling2 import eager_attention_forward
 from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLIndexer
 
 from flashpatch.dispatch import Settings
@@ -109,3 +110,29 @@ def test_queries_or_keys_that_come_once_serve_a_whole_batch(shared):
     out, _ = fpatch_attention(module, q, k, v, None, is_causal=False)
     expected = torch.softmax(q @ k.mT / 8**0.5, dim=-1) @ v
     torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
+def test_a_query_may_have_a_sink_of_its_own():
+    generator = torch.Generator().manual_seed(4)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).requires_grad_()
+
+    given = draw(2, 4, N, 8), draw(2, 2, M, 8), draw(2, 2, M, 8), draw(2, 4, N, M), draw(2, 4, N, 1)
+    module: Any = nn.Module()
+    module.num_key_value_groups = 2
+    reasons: list[Any] = []
+    module._flashpatch = Settings(on_fallback=reasons.append)
+    masks, _ = masks_of_all_kinds()
+
+    def step(attention: Any, mask: torch.Tensor) -> list[torch.Tensor]:
+        q, k, v, bias, sinks = given
+        bias_and_sinks = {"position_bias": bias, "sinks": sinks}
+        out, _ = attention(module, q, k, v, mask, scaling=0.3, **bias_and_sinks)
+        return [out, *torch.autograd.grad((out * out.detach().sin()).sum(), given)]
+
+    ours = step(fpatch_attention, masks["compact"])
+    theirs = step(eager_attention_forward, masks["additive"])
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    assert not reasons
