@@ -181,7 +181,8 @@ def selected_keys(
         return none.scatter(-1, indices.long(), True)[:, None]
     if blocks is None:
         return None
-    size = module.config.index_block_size
+    config: Any = module.config
+    size = config.index_block_size
     count = -(-n_keys // size)
     none = blocks.new_zeros((*blocks.shape[:-1], count + 1), dtype=torch.bool)
     chosen = none.scatter(-1, blocks.masked_fill(blocks < 0, count), True)[..., :count]
