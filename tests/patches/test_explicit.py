@@ -12,9 +12,12 @@ from transformers import (
     AutoModel,
     CodeGenConfig,
     CodeGenForCausalLM,
+    DabDetrConfig,
+    DabDetrModel,
     LayoutLMv2Config,
     MPNetConfig,
     MPNetForMaskedLM,
+    ResNetConfig,
 )
 from transformers.models.layoutlmv2.modeling_layoutlmv2 import LayoutLMv2Encoder
 
@@ -219,3 +222,39 @@ def test_layoutlmv2_adds_biases_of_places_in_the_text_and_on_the_page():
     for ours, theirs in zip(encoder_step(encoder, x, bbox, mask), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert not reasons
+
+
+def dab_detr() -> Any:
+    backbone = ResNetConfig(
+        depths=[1, 1, 1, 1],
+        embedding_size=8,
+        hidden_sizes=[8, 8, 8, 8],
+        layer_type="basic",
+        out_features=["stage4"],
+    )
+    sizes = {f"{part}_attention_heads": 4 for part in ("encoder", "decoder")}
+    sizes |= {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in LAYERS.items()}
+    torch.manual_seed(0)
+    config = DabDetrConfig(backbone_config=backbone, hidden_size=32, num_queries=5, **sizes)
+    return DabDetrModel._from_config(config, attn_implementation="eager").eval()
+
+
+LAYERS = {"layers": 2, "ffn_dim": 48}
+
+
+def test_weights_that_a_layer_always_asks_for_are_computed_for_who_wants_them(engine):
+    model = dab_detr()
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    expected = model(images, output_attentions=True)
+    reasons: list[Any] = []
+    flashpatch.apply(model, on_fallback=reasons.append)
+    ours = model(images)
+    # two layers of the encoder, and two with two attentions of the decoder
+    assert len(engine) == 6
+    assert not reasons
+    torch.testing.assert_close(ours.last_hidden_state, expected.last_hidden_state)
+    ours = model(images, output_attentions=True)
+    assert len(engine) == 10  # the decoder's are served nevertheless
+    assert {reason.name for reason in reasons} == {"OUTPUT_ATTENTIONS"}
+    torch.testing.assert_close(ours.decoder_attentions, expected.decoder_attentions)
+    torch.testing.assert_close(ours.cross_attentions, expected.cross_attentions)

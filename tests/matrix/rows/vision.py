@@ -240,6 +240,39 @@ def queries(model: Any) -> dict[str, Any]:
 
 
 ROWS: dict[str, Row] = {
+    "chmv2": Row(
+        config={
+            "backbone_config": {**FOUR_LAYERS, "return_class_token": True},
+            "fusion_hidden_size": 16,
+            "head_hidden_size": 16,
+            "number_output_channels": 16,
+            "post_process_channels": [8, 8, 8, 8],
+        },
+    ),
+    "conditional_detr": Row(
+        config={"backbone_config": RESNET, "num_queries": 10}, more=images_in_a_frame()
+    ),
+    "cvt": Row(
+        config={"depth": [1, 2, 3], "embed_dim": [16, 32, 32], "num_heads": [1, 2, 2]},
+        more=images(64, 64),
+    ),
+    "d_fine": Row(config={**SCALES, "backbone_config": HGNET}, more=images()),
+    "dab-detr": Row(
+        config={"backbone_config": RESNET, "num_queries": 10}, more=images_in_a_frame()
+    ),
+    "deformable_detr": Row(
+        config={"backbone_config": RESNET, "d_model": 64, "num_queries": 10},
+        more=images_in_a_frame(),
+    ),
+    "deimv2": Row(config={**SCALES, "backbone_config": HGNET}, more=images()),
+    "depth_anything": Row(
+        config={
+            "backbone_config": SEQUENCES,
+            "fusion_hidden_size": 16,
+            "neck_hidden_sizes": [8, 8, 8, 8],
+            "reassemble_hidden_size": 32,
+        },
+    ),
     "depth_pro": Row(
         config={
             "fusion_hidden_size": 16,
@@ -255,6 +288,8 @@ ROWS: dict[str, Row] = {
         },
         more=images(64, 64),
     ),
+    "detr": Row(config={"backbone_config": RESNET, "num_queries": 10}, more=images_in_a_frame()),
+    "donut-swin": Row(config=SWIN),
     "dots3_note_vision_encoder": Row(
         config={
             "adapter_in_dim": 32,
@@ -304,6 +339,7 @@ ROWS: dict[str, Row] = {
                 "positional_encoding": draw(1, 64, 4, 4) / 2,
             },
         },
+        because="its forward is of a session, without gradients: what it calls is run instead",
     ),
     "efficientloftr": Row(
         config={
@@ -316,6 +352,17 @@ ROWS: dict[str, Row] = {
         # of images without contrast all keys would be alike, and the gradients cancel out
         inputs=lambda model: {"pixel_values": 20 * draw(1, 2, 3, 96, 96)},
     ),
+    "glpn": Row(more=images(64, 64)),
+    "grounding-dino": Row(
+        config={
+            "backbone_config": SWIN_OF_FOUR,
+            "num_queries": 10,
+        },
+        more=images_in_a_frame(),
+        reference={"": "eager", "text_config": "sdpa"},
+        because="eager BERT adds the boolean mask of phrases to the scores as zeros and ones",
+    ),
+    "hiera": Row(config={"depths": [1, 2, 2, 1], "embed_dim": 8, "image_size": [64, 64]}),
     "lightglue": Row(config={"keypoint_detector_config": SUPERPOINT}, inputs=pairs),
     "lw_detr": Row(
         config={
@@ -342,6 +389,28 @@ ROWS: dict[str, Row] = {
             "num_windows": 4,
             "window_block_indices": [0, 2],
         },
+    ),
+    "mask2former": Row(
+        config={"backbone_config": SWIN_OF_FOUR, "feature_size": 32}, more=images_in_a_frame()
+    ),
+    "maskformer": Row(
+        config={
+            "backbone_config": SWIN_OF_FOUR,
+            "fpn_feature_size": 32,
+            "decoder_config": {"num_queries": 10, "backbone_config": None},
+        },
+        more=images_in_a_frame(),
+    ),
+    "maskformer-swin": Row(config=SWIN),
+    "mgp-str": Row(config={"num_bpe_labels": 60, "num_wordpiece_labels": 60}),
+    "mm-grounding-dino": Row(
+        config={
+            "backbone_config": SWIN_OF_FOUR,
+            "num_queries": 10,
+        },
+        more=images_in_a_frame(),
+        reference={"": "eager", "text_config": "sdpa"},
+        because="eager BERT adds the boolean mask of phrases to the scores as zeros and ones",
     ),
     "omdet-turbo": Row(
         config={
@@ -390,188 +459,6 @@ ROWS: dict[str, Row] = {
             )
         }
     ),
-    "rf_detr": Row(
-        config={
-            "backbone_config": {
-                **FOUR_LAYERS,
-                "image_size": 56,
-                "num_windows": 2,
-                "out_features": ["stage2", "stage4"],
-            },
-            "num_queries": 5,
-            "group_detr": 2,
-        },
-        more=images_in_a_frame(56, 56),
-    ),
-    "rf_detr_dinov2": Row(
-        model="RfDetrDinov2Backbone",
-        config={
-            **FOUR_LAYERS,
-            "image_size": 56,
-            "num_windows": 2,
-            "out_features": ["stage2", "stage4"],
-        },
-    ),
-    "sam": Row(
-        config={
-            "vision_config": SAM_VISION,
-            "prompt_encoder_config": {**PROMPTS, "image_embedding_size": 4},
-        },
-        inputs=points,
-    ),
-    "sam2": Row(
-        config={"vision_config": SAM2_VISION, "prompt_encoder_config": PROMPTS}, inputs=points
-    ),
-    "sam2_hiera_det_model": Row(config=HIERA),
-    "sam2_video": Row(
-        config={
-            **MEMORY,
-            "memory_attention_feed_forward_hidden_size": 48,
-            "vision_config": SAM2_VISION,
-            "prompt_encoder_config": PROMPTS,
-        },
-        calls={
-            "forward": None,
-            "_single_frame_forward": a_frame(64),
-            "memory_attention.forward": memories,
-        },
-    ),
-    "sam2_vision_model": Row(config=SAM2_VISION),
-    "sam3": Row(
-        config={"vision_config": SAM3_VISION, "detr_decoder_config": {"num_queries": 5}},
-        more=mirrored,
-    ),
-    "sam3_detr_decoder": Row(config={"num_queries": 5}, inputs=features),
-    "sam3_detr_encoder": Row(inputs=feature_maps),
-    "sam3_lite_text_detr_decoder": Row(config={"num_queries": 5}, inputs=features),
-    "sam3_lite_text_detr_encoder": Row(inputs=feature_maps),
-    "sam3_lite_text_mask_decoder": Row(inputs=queries),
-    "sam3_lite_text_text_model": Row(config={"num_hidden_layers": 3}),
-    "sam3_mask_decoder": Row(inputs=queries),
-    "sam3_tracker": Row(
-        config={"vision_config": SAM3_VISION, "prompt_encoder_config": SAM3_PROMPTS}, inputs=points
-    ),
-    "sam3_tracker_video": Row(
-        config={
-            **MEMORY,
-            "image_size": 56,
-            "memory_attention_feed_forward_hidden_size": 48,
-            "vision_config": SAM3_VISION,
-            "prompt_encoder_config": SAM3_PROMPTS,
-        },
-        calls={
-            "forward": None,
-            "_single_frame_forward": a_frame(56),
-            "memory_attention.forward": memories,
-        },
-    ),
-    "sam_hq": Row(
-        config={
-            "vision_config": SAM_VISION,
-            "prompt_encoder_config": {**PROMPTS, "image_embedding_size": 4},
-            "mask_decoder_config": {"vit_dim": 32},
-        },
-        inputs=points,
-    ),
-    "sam_hq_vision_model": Row(config=SAM_VISION),
-    "sam_vision_model": Row(config=SAM_VISION),
-    "seggpt": Row(
-        config={
-            "image_size": [64, 32],
-            "pretrain_image_size": 32,
-            "num_hidden_layers": 3,
-            "merge_index": 0,
-            "mlp_dim": 48,
-            "intermediate_hidden_state_indices": [1, 2],
-            "decoder_hidden_size": 16,
-        },
-        inputs=lambda model: {
-            "pixel_values": draw(BATCH, 3, 32, 32),
-            "prompt_pixel_values": draw(BATCH, 3, 32, 32) / 2,
-            "prompt_masks": draw(BATCH, 3, 32, 32) / 3,
-        },
-    ),
-    "slanext": Row(
-        model="SLANeXtForTableRecognition",
-        config={
-            "vision_config": {**SAM_VISION, "image_size": 64},
-            "hidden_size": 32,
-            "post_conv_in_channels": 32,
-            "post_conv_out_channels": 32,
-            "max_text_length": 3,
-        },
-    ),
-    "slanext_vision": Row(config=SAM_VISION),
-    "superglue": Row(
-        config={
-            "keypoint_detector_config": SUPERPOINT,
-            "keypoint_encoder_sizes": [8, 16],
-            "gnn_layers_types": ["self", "cross"],
-        },
-        inputs=pairs,
-    ),
-    "chmv2": Row(
-        config={
-            "backbone_config": {**FOUR_LAYERS, "return_class_token": True},
-            "fusion_hidden_size": 16,
-            "head_hidden_size": 16,
-            "number_output_channels": 16,
-            "post_process_channels": [8, 8, 8, 8],
-        },
-    ),
-    "conditional_detr": Row(
-        config={"backbone_config": RESNET, "num_queries": 10}, more=images_in_a_frame()
-    ),
-    "d_fine": Row(config={**SCALES, "backbone_config": HGNET}, more=images()),
-    "dab-detr": Row(
-        config={"backbone_config": RESNET, "num_queries": 10}, more=images_in_a_frame()
-    ),
-    "deformable_detr": Row(
-        config={"backbone_config": RESNET, "d_model": 64, "num_queries": 10},
-        more=images_in_a_frame(),
-    ),
-    "deimv2": Row(config={**SCALES, "backbone_config": HGNET}, more=images()),
-    "depth_anything": Row(
-        config={
-            "backbone_config": SEQUENCES,
-            "fusion_hidden_size": 16,
-            "neck_hidden_sizes": [8, 8, 8, 8],
-            "reassemble_hidden_size": 32,
-        },
-    ),
-    "detr": Row(config={"backbone_config": RESNET, "num_queries": 10}, more=images_in_a_frame()),
-    "donut-swin": Row(config=SWIN),
-    "glpn": Row(more=images(64, 64)),
-    "grounding-dino": Row(
-        config={
-            "backbone_config": SWIN_OF_FOUR,
-            "num_queries": 10,
-        },
-        more=images_in_a_frame(),
-        reference={"": "eager", "text_config": "sdpa"},
-        because="eager BERT adds the boolean mask of phrases to the scores as zeros and ones",
-    ),
-    "mask2former": Row(
-        config={"backbone_config": SWIN_OF_FOUR, "feature_size": 32}, more=images_in_a_frame()
-    ),
-    "maskformer": Row(
-        config={
-            "backbone_config": SWIN_OF_FOUR,
-            "fpn_feature_size": 32,
-            "decoder_config": {"num_queries": 10, "backbone_config": None},
-        },
-        more=images_in_a_frame(),
-    ),
-    "maskformer-swin": Row(config=SWIN),
-    "mm-grounding-dino": Row(
-        config={
-            "backbone_config": SWIN_OF_FOUR,
-            "num_queries": 10,
-        },
-        more=images_in_a_frame(),
-        reference={"": "eager", "text_config": "sdpa"},
-        because="eager BERT adds the boolean mask of phrases to the scores as zeros and ones",
-    ),
     "pp_doclayout_v2": Row(
         config={
             **SCALES,
@@ -608,6 +495,28 @@ ROWS: dict[str, Row] = {
             "reassemble_hidden_size": 32,
         },
     ),
+    "rf_detr": Row(
+        config={
+            "backbone_config": {
+                **FOUR_LAYERS,
+                "image_size": 56,
+                "num_windows": 2,
+                "out_features": ["stage2", "stage4"],
+            },
+            "num_queries": 5,
+            "group_detr": 2,
+        },
+        more=images_in_a_frame(56, 56),
+    ),
+    "rf_detr_dinov2": Row(
+        model="RfDetrDinov2Backbone",
+        config={
+            **FOUR_LAYERS,
+            "image_size": 56,
+            "num_windows": 2,
+            "out_features": ["stage2", "stage4"],
+        },
+    ),
     "rt_detr": Row(
         config={**SCALES, "backbone_config": {**RESNET, "model_type": "rt_detr_resnet"}},
         more=images(),
@@ -616,31 +525,60 @@ ROWS: dict[str, Row] = {
         config={**SCALES, "backbone_config": {**RESNET, "model_type": "rt_detr_resnet"}},
         more=images(),
     ),
-    "segformer": Row(more=images(64, 64)),
-    "swin": Row(config=SWIN),
-    "swin2sr": Row(config={**SWIN, "image_size": 8}),
-    "swinv2": Row(config=SWIN),
-    "table-transformer": Row(
-        config={"backbone_config": RESNET, "num_queries": 10}, more=images_in_a_frame()
-    ),
-    "timesformer": Row(more=frames),
-    "tipsv2_dpt": Row(
+    "sam": Row(
         config={
-            "backbone_config": SEQUENCES,
-            "fusion_hidden_size": 16,
-            "neck_hidden_sizes": [8, 8, 8, 8],
+            "vision_config": SAM_VISION,
+            "prompt_encoder_config": {**PROMPTS, "image_embedding_size": 4},
         },
+        inputs=points,
+    ),
+    "sam2": Row(
+        config={"vision_config": SAM2_VISION, "prompt_encoder_config": PROMPTS}, inputs=points
+    ),
+    "sam2_hiera_det_model": Row(config=HIERA),
+    "sam2_video": Row(
+        config={
+            **MEMORY,
+            "memory_attention_feed_forward_hidden_size": 48,
+            "vision_config": SAM2_VISION,
+            "prompt_encoder_config": PROMPTS,
+        },
+        calls={
+            "forward": None,
+            "_single_frame_forward": a_frame(64),
+            "memory_attention.forward": memories,
+        },
+        because="its forward is of a session, without gradients: what it calls is run instead",
+    ),
+    "sam2_vision_model": Row(config=SAM2_VISION),
+    "sam3": Row(
+        config={"vision_config": SAM3_VISION, "detr_decoder_config": {"num_queries": 5}},
         more=mirrored,
     ),
-    "videomae": Row(config={"num_frames": 4}, more=frames),
-    "vivit": Row(config={"num_frames": 4, "image_size": 32}, more=frames),
-    "zoedepth": Row(
+    "sam3_detr_decoder": Row(config={"num_queries": 5}, inputs=features),
+    "sam3_detr_encoder": Row(inputs=feature_maps),
+    "sam3_lite_text_detr_decoder": Row(config={"num_queries": 5}, inputs=features),
+    "sam3_lite_text_detr_encoder": Row(inputs=feature_maps),
+    "sam3_lite_text_mask_decoder": Row(inputs=queries),
+    "sam3_lite_text_text_model": Row(config={"num_hidden_layers": 3}),
+    "sam3_mask_decoder": Row(inputs=queries),
+    "sam3_tracker": Row(
+        config={"vision_config": SAM3_VISION, "prompt_encoder_config": SAM3_PROMPTS}, inputs=points
+    ),
+    "sam3_tracker_video": Row(
         config={
-            "backbone_config": SEQUENCES,
-            "bottleneck_features": 16,
-            "fusion_hidden_size": 16,
-            "neck_hidden_sizes": [8, 8, 8, 8],
+            **MEMORY,
+            "image_size": 56,
+            "memory_attention_feed_forward_hidden_size": 48,
+            "vision_config": SAM3_VISION,
+            "prompt_encoder_config": SAM3_PROMPTS,
         },
+        calls={
+            "forward": None,
+            "_single_frame_forward": a_frame(56),
+            "memory_attention.forward": memories,
+        },
+        because="its forward is of a session, without gradients: what it calls is run instead",
     ),
     "sam3_video": Row(
         config={
@@ -669,7 +607,70 @@ ROWS: dict[str, Row] = {
             },
             "tracker_model.memory_attention.forward": memories,
         },
+        because="its forward is of a session, without gradients: what it calls is run instead",
     ),
+    "sam_hq": Row(
+        config={
+            "vision_config": SAM_VISION,
+            "prompt_encoder_config": {**PROMPTS, "image_embedding_size": 4},
+            "mask_decoder_config": {"vit_dim": 32},
+        },
+        inputs=points,
+    ),
+    "sam_hq_vision_model": Row(config=SAM_VISION),
+    "sam_vision_model": Row(config=SAM_VISION),
+    "segformer": Row(more=images(64, 64)),
+    "seggpt": Row(
+        config={
+            "image_size": [64, 32],
+            "pretrain_image_size": 32,
+            "num_hidden_layers": 3,
+            "merge_index": 0,
+            "mlp_dim": 48,
+            "intermediate_hidden_state_indices": [1, 2],
+            "decoder_hidden_size": 16,
+        },
+        inputs=lambda model: {
+            "pixel_values": draw(BATCH, 3, 32, 32),
+            "prompt_pixel_values": draw(BATCH, 3, 32, 32) / 2,
+            "prompt_masks": draw(BATCH, 3, 32, 32) / 3,
+        },
+    ),
+    "slanext": Row(
+        model="SLANeXtForTableRecognition",
+        config={
+            "vision_config": {**SAM_VISION, "image_size": 64},
+            "hidden_size": 32,
+            "post_conv_in_channels": 32,
+            "post_conv_out_channels": 32,
+            "max_text_length": 3,
+        },
+    ),
+    "slanext_vision": Row(config=SAM_VISION),
+    "superglue": Row(
+        config={
+            "keypoint_detector_config": SUPERPOINT,
+            "keypoint_encoder_sizes": [8, 16],
+            "gnn_layers_types": ["self", "cross"],
+        },
+        inputs=pairs,
+    ),
+    "swin": Row(config=SWIN),
+    "swin2sr": Row(config={**SWIN, "image_size": 8}),
+    "swinv2": Row(config=SWIN),
+    "table-transformer": Row(
+        config={"backbone_config": RESNET, "num_queries": 10}, more=images_in_a_frame()
+    ),
+    "timesformer": Row(more=frames),
+    "tipsv2_dpt": Row(
+        config={
+            "backbone_config": SEQUENCES,
+            "fusion_hidden_size": 16,
+            "neck_hidden_sizes": [8, 8, 8, 8],
+        },
+        more=mirrored,
+    ),
+    "videomae": Row(config={"num_frames": 4}, more=frames),
     "videoprism": Row(
         config={
             "vision_config": {
@@ -681,5 +682,15 @@ ROWS: dict[str, Row] = {
             }
         },
         more=lambda model: {"pixel_values_videos": draw(BATCH, 4, 3, 36, 36)},
+    ),
+    "vitmatte": Row(config={"backbone_config": {"use_relative_position_embeddings": True}}),
+    "vivit": Row(config={"num_frames": 4, "image_size": 32}, more=frames),
+    "zoedepth": Row(
+        config={
+            "backbone_config": SEQUENCES,
+            "bottleneck_features": 16,
+            "fusion_hidden_size": 16,
+            "neck_hidden_sizes": [8, 8, 8, 8],
+        },
     ),
 }
