@@ -160,7 +160,7 @@ class Terms:
 
     def capped(self) -> "Terms":
         """The hyperbolic tangent of the scores."""
-        if self.softmax or self.masks or self.softcap is not None:
+        if self.softmax or self.normal or self.masks or self.softcap is not None:
             raise UnreadableError
         terms = self.with_biases_in_product() if self.biases else self
         return replace(terms, softcap=1.0)
@@ -192,6 +192,7 @@ class Terms:
             k=self.k.permute(order),
             lead=lead,
             shown=lead,
+            hidden=(),
             biases=tuple(b.permute(order) for b in self.biases),
             masks=tuple(m.permute(order) for m in self.masks),
         )
