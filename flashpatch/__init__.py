@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flashpatch.architectures import coverage
     from flashpatch.enabling import disable, enable
     from flashpatch.notebook import load_ipython_extension, unload_ipython_extension
     from flashpatch.patching import applied, apply, revert
@@ -27,6 +28,7 @@ __all__ = [
     "applied",
     "apply",
     "attention",
+    "coverage",
     "disable",
     "enable",
     "load_ipython_extension",
@@ -42,6 +44,7 @@ _HOMES = {
     "applied": "flashpatch.patching",
     "apply": "flashpatch.patching",
     "attention": "flashpatch_kernels",
+    "coverage": "flashpatch.architectures",
     "disable": "flashpatch.enabling",
     "enable": "flashpatch.enabling",
     "load_ipython_extension": "flashpatch.notebook",

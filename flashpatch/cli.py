@@ -1,4 +1,4 @@
-"""The command line: `flashpatch demo`, `flashpatch env`, `flashpatch version`.
+"""The command line: `flashpatch demo`, `flashpatch models`, `flashpatch env`, `flashpatch version`.
 
 Thin on purpose. A command imports what it needs when it runs, so that `flashpatch --help` does not
 wait for torch.
@@ -6,6 +6,7 @@ wait for torch.
 
 import os
 import platform
+from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,6 +62,35 @@ def demo(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     raise typer.Exit(1 if failures else 0)
+
+
+@app.command()
+def models(
+    pattern: Annotated[str, typer.Argument(help="Model types, with wildcards.")] = "*",
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The whole list as a document.")
+    ] = False,
+) -> None:
+    """Lists the architectures of the installed transformers and how each is served."""
+    from flashpatch.architectures import as_markdown, coverage
+
+    found = [a for a in coverage() if fnmatchcase(a.model_type, pattern)]
+    if not found:
+        raise typer.BadParameter(f"no model type of transformers matches {pattern!r}")
+    if markdown:
+        typer.echo(as_markdown(found), nl=False)
+        return
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "model type", "served by", "attention needs", "transformers has", "left", box=None
+    )
+    for a in found:
+        left = "\n".join(f"{c.name}: {c.reason}" for c in a.attention if c.reason)
+        table.add_row(a.model_type, a.route, ", ".join(a.needs), ", ".join(a.alternatives), left)
+    Console().print(table)
 
 
 @app.command("version")

@@ -52,15 +52,15 @@ def implementation(config: Any) -> str:
     return getattr(config, _IMPLEMENTATION, None) or "eager"
 
 
-def copy_configs(model: nn.Module, keyed: Iterable[Any], key: str) -> dict[int, ConfigCopy]:
-    """Copies of the configs in `keyed`, with `key`, and of the configs that contain them.
+def copy_configs(model: nn.Module, keyed: Iterable[tuple[Any, str]]) -> dict[int, ConfigCopy]:
+    """Copies of the configs in `keyed`, each with its key, and of the configs that contain them.
 
     Returns:
         id of the original config -> its copy, for every config that modules must hold instead.
     """
     held = {id(c): c for m in model.modules() if (c := config_of(m)) is not None}
     stand_ins: dict[int, Any] = {}
-    for config in keyed:
+    for config, key in keyed:
         stand_in = copy.copy(config)
         setattr(stand_in, _IMPLEMENTATION, key)
         stand_ins[id(config)] = stand_in

@@ -5,7 +5,7 @@ devices, options), never from data, so that compile, graphs and checkpoint recom
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
@@ -93,6 +93,31 @@ def attend(
         return fall_back(chosen, settings, fallback)
     out, _ = run(q, k, v, options, chosen.name)
     return out
+
+
+Part = tuple[Tensor, Tensor, Tensor, Options]
+
+
+def attend_parts(
+    parts: Sequence[Part], settings: Settings, *, lse: bool
+) -> list[tuple[Tensor, Tensor | None]] | None:
+    """Runs several calls on engines, or none of them if one cannot be served.
+
+    Args:
+        parts: q, k, v and options of each, as `attend` takes them.
+        settings: Those of the module that makes the calls.
+        lse: Whether their log-sum-exps are wanted.
+
+    Returns:
+        Output [B, H, N, Dv] and log-sum-exp [B, H, N] of each, -inf where a query sees no key.
+    """
+    engines = []
+    for part in parts:
+        chosen = decide(Call.of(*part, lse=lse))
+        if isinstance(chosen, Reason):
+            return fall_back(chosen, settings, lambda: None)
+        engines.append(chosen.name)
+    return [run(*part, engine) for part, engine in zip(parts, engines, strict=True)]
 
 
 def fall_back(reason: Reason, settings: Settings, fallback: Callable[[], T]) -> T:

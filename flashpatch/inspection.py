@@ -7,7 +7,10 @@ import sys
 from functools import cache
 from pathlib import Path
 
-_INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS|_ATTENTION_FUNCTIONS\b")
+_INTERFACE = re.compile(r"(?<!MASK)_ATTENTION_FUNCTIONS\b")  # not the registry of mask functions
+# What such names as "AttentionPooling" end with, and "BlockAttentionResidual".
+_NOT_OF_TOKENS = ("Pooler", "Pooling", "AttentionResidual")
+_COMMENT = re.compile(r"#.*")
 _SOFTMAX = re.compile(
     r"[sS]oftmax(\.apply)?\(|scaled_dot_product_attention\(|MultiheadAttention\(|"
     r"logsumexp\(|multi_head_attention_forward\("
@@ -45,7 +48,7 @@ def source_of(cls: type) -> str | None:
 def own_attention(cls: type) -> bool:
     """Whether the class itself calls an attention function or computes a softmax of products.
 
-    Containers, routers and poolers do neither.
+    Containers, routers and poolers do neither, nor does what mixes a token's own earlier states.
     """
     if cls.__module__.startswith("torch."):
         return cls.__name__ == "MultiheadAttention"
@@ -54,9 +57,12 @@ def own_attention(cls: type) -> bool:
     source = source_of(cls)
     if source is None:
         return "Attention" in cls.__name__
+    source = _COMMENT.sub("", source)
     if _INTERFACE.search(source):
         return True
-    return bool(_SOFTMAX.search(source) and _PRODUCT.search(source)) and "Attention" in cls.__name__
+    if "Attention" not in cls.__name__ or cls.__name__.endswith(_NOT_OF_TOKENS):
+        return False
+    return bool(_SOFTMAX.search(source) and _PRODUCT.search(source))
 
 
 @cache

@@ -47,6 +47,37 @@ NUMBER_BLOCKS_IN_RUNS = frozenset(
     )
 )
 
+# Models that slice, merge or read masks themselves before they give them to attention, each with
+# the function of transformers that makes what they expect: booleans, or numbers to add where the
+# model knows eager attention alone.
+COMPUTE_WITH_MASKS: dict[str, Callable[..., Tensor | None]] = {
+    "axk2": masking_utils.sdpa_mask,
+    "deepseek_v32": masking_utils.sdpa_mask,
+    "deepseek_v4": masking_utils.eager_mask,
+    "doge": masking_utils.sdpa_mask,
+    "dots3_note_text": masking_utils.sdpa_mask,
+    "glm_moe_dsa": masking_utils.sdpa_mask,
+    "hy_v4": masking_utils.sdpa_mask,
+    "informer": masking_utils.eager_mask,
+    "lasr_encoder": masking_utils.sdpa_mask,
+    "lightglue": masking_utils.sdpa_mask,
+    "mistral_large4_text": masking_utils.sdpa_mask,
+    "nllb-moe": masking_utils.eager_mask,
+    "pix2struct_text_model": masking_utils.sdpa_mask,
+    "qwen4_exp_text": masking_utils.sdpa_mask,
+    "t5gemma2_decoder": masking_utils.sdpa_mask,
+}
+# Models that do so for the one query by which they pool, whose mask they repeat for each head.
+POOL_WITH_MASKS = frozenset(("siglip2_vision_model",))
+
+# Models whose attention says that it is causal and, as they run on eager attention alone, is not
+# where it is given no mask: the images that bridgetower shows to its text.
+NONE_IS_NO_MASK = frozenset(("bridgetower", "bridgetower_text_model"))
+
+# Models whose last layers, where they share the keys of others, are given the last queries alone
+# and what was the mask of all, sliced as a dense one is.
+DROP_QUERIES = frozenset(("gemma4_text", "gemma4_unified_text"))
+
 
 def fpatch_mask(
     batch_size: int,
@@ -83,15 +114,42 @@ def fpatch_mask(
         kwargs: What other mask functions need.
 
     Returns:
-        None (causal or no mask, as the module says), int32 as `unpack` reads it, or bool
-        [B, 1, N, M].
+        None (causal or no mask, as the module says), int32 as `unpack` reads it, or [B, 1, N, M]:
+        bool, or additive for some of `COMPUTE_WITH_MASKS`.
     """
+    model_type = getattr(config, "model_type", None)
+    given = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "local_size": local_size,
+        "use_vmap": use_vmap,
+        "device": device,
+        **kwargs,
+    }
+    make = COMPUTE_WITH_MASKS.get(model_type)
+    sharing = config.num_kv_shared_layers if model_type in DROP_QUERIES else 0
+    flips = sharing and sharing == config.num_hidden_layers  # an assistant, which flips its masks
+    if flips or (q_length == 1 and model_type in POOL_WITH_MASKS):
+        make = masking_utils.sdpa_mask
+    if make is not None:
+        return make(
+            **given,
+            allow_is_causal_skip=allow_is_causal_skip,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        )
     if attention_mask is None:
         local = local_size is not None and kv_length >= local_size
         if allow_is_bidirectional_skip and not local:
             return None
         if (
             allow_is_causal_skip
+            and model_type not in NONE_IS_NO_MASK
+            and not (sharing and q_length > 1)
             and not local
             and _none_is_causal(q_length, kv_length, q_offset, kv_offset)
         ):
@@ -106,25 +164,18 @@ def fpatch_mask(
         mask_function,
         attention_mask,
         sole_author=not use_vmap,
-        model_type=getattr(config, "model_type", None),
+        model_type=model_type,
     )
     if mask is not None:
         return pack(mask)
     return masking_utils.sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,  # type: ignore[arg-type]
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        allow_is_causal_skip=False,
-        allow_is_bidirectional_skip=False,
-        use_vmap=use_vmap,
-        device=device,
-        **kwargs,
+        **given, allow_is_causal_skip=False, allow_is_bidirectional_skip=False
     )
+
+
+def fpatch_whole_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """As `fpatch_mask`; None stands for no mask only."""
+    return fpatch_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
 def _none_is_causal(n_queries: int, n_keys: int, first_query: int | Tensor, first_key: int) -> bool:
@@ -230,6 +281,19 @@ def unpack(tensor: Tensor, n_queries: int, n_keys: int) -> Mask:
     raise ValueError(
         f"a mask of shape {list(tensor.shape)} is not for {n_queries} queries and {n_keys} keys"
     )
+
+
+def of_last_queries(tensor: Tensor | None, n_queries: int, n_keys: int) -> Tensor | None:
+    """The mask of a model's last queries, from one that `pack` made for all of them.
+
+    Sliced in its third dimension as a dense mask is, one with runs has remained whole.
+    """
+    if tensor is None or tensor.dtype != torch.int32 or tensor.shape[2] > 1:
+        return tensor
+    given = (tensor.shape[3] - n_keys) // 2
+    if given <= n_queries:
+        return tensor
+    return tensor[..., 2 * (given - n_queries) :]
 
 
 def read_once(tensor: Tensor, n_queries: int, n_keys: int) -> Mask:

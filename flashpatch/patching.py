@@ -18,7 +18,7 @@ from flashpatch.configs import ConfigCopy, config_of, copy_configs, implementati
 from flashpatch.dispatch import OnFallback, Settings, log_once
 from flashpatch.inspection import calls_interface, own_attention
 from flashpatch.packing import unwatch, watch
-from flashpatch.patches.interface import KEY
+from flashpatch.patches.interface import KEY, KEYS, MASKED_KEY
 from flashpatch.registry import KEEP, Patch, find
 from flashpatch.report import Report, Row, describe
 from flashpatch_kernels.engines import Reason
@@ -296,12 +296,14 @@ def _kept(found: Iterable[Found], blocked: dict[int, Reason]) -> list[Found]:
 
 
 def _copy_and_hold_configs(model: nn.Module, kept: Iterable[Found]) -> None:
-    keyed = {
-        id(f.config): f.config
+    keyed = [
+        f
         for f in kept
-        if f.patch.keyed and f.config is not None and implementation(f.config) != KEY
-    }
-    copies = copy_configs(model, keyed.values(), KEY) if keyed else {}
+        if f.patch.keyed and f.config is not None and implementation(f.config) not in KEYS
+    ]
+    masked = {id(f.config) for f in keyed if f.patch.adds_mask}
+    keys = {id(f.config): (f.config, MASKED_KEY if id(f.config) in masked else KEY) for f in keyed}
+    copies = copy_configs(model, keys.values()) if keys else {}
     for module in model.modules():
         config = copies.get(id(config_of(module)))
         if config is not None:
@@ -339,6 +341,15 @@ def _replicate(module: nn.Module) -> nn.Module:
             args = (replica if a is module else a for a in value.args)
             own[attribute] = partial(value.func, *args)
     return replica
+
+
+def hand_on(before: nn.Module, after: nn.Module) -> None:
+    """Patches a module that its model has put in the place of a patched one."""
+    patch, settings = patch_of(type(after)), vars(before).get(_SETTINGS)
+    if patch is None or settings is None:
+        return
+    _swap(Found("", after, patch, settings.active, None))
+    vars(after)[_SETTINGS] = settings
 
 
 def _slot(module: nn.Module, attribute: str) -> str:

@@ -18,9 +18,11 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode, handle_torch_function
 from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 from flashpatch.dispatch import Settings, attend, dropout_seed, fall_back
 from flashpatch.masks import expand, read_once
@@ -37,17 +39,22 @@ class UnreadableError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """What a product has become: softmax(q k^T * scale + biases, masked), with dropout.
+    """What a product has become: softmax(cap(q k^T * scale) + biases, masked), with dropout.
 
     Attributes:
         q: [*lead, N, D], each size of lead may be 1.
         k: [*lead, M, D], likewise.
         lead: The sizes before N and M as finely as the class has split them.
         shown: The same as the class has now merged them.
+        rows: N as the class has now split it, such as (height, width); (N,) where it has not.
+        columns: M, likewise.
         scale: Factor on q k^T.
+        softcap: That of `Options`, of cap(s) = softcap * tanh(s / softcap); None is cap(s) = s.
         biases: Added to the scores, [*lead, N, M], each size may be 1.
         masks: bool, true where a key is seen, likewise; or int32 as `masks.pack` makes it.
+        hidden: The tensors that said so, true where a key is hidden, as the class sees them.
         dtype: That which the class would have now.
+        normal: Whether the logarithm of the sum of their exponentials was taken off the scores.
         softmax: Whether the softmax was taken.
         dropout: Probability.
     """
@@ -56,10 +63,15 @@ class Terms:
     k: Tensor
     lead: Lead
     shown: Lead
+    rows: Lead
+    columns: Lead
     scale: float = 1.0
+    softcap: float | None = None
     biases: tuple[Tensor, ...] = ()
     masks: tuple[Tensor, ...] = ()
+    hidden: tuple[Tensor, ...] = ()
     dtype: torch.dtype = torch.float32
+    normal: bool = False
     softmax: bool = False
     dropout: float = 0.0
 
@@ -69,7 +81,7 @@ class Terms:
         lead = tuple(torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]))
         dims = len(lead) + 2
         q, k = (x[(None,) * (dims - x.ndim)] for x in (q, k))
-        return Terms(q, k, lead, lead, dtype=q.dtype)
+        return Terms(q, k, lead, lead, (q.shape[-2],), (k.shape[-2],), dtype=q.dtype)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -79,18 +91,25 @@ class Terms:
     @property
     def shape(self) -> torch.Size:
         """As the class sees it."""
-        return torch.Size((*self.shown, *self.sizes))
+        return torch.Size((*self.shown, *self.rows, *self.columns))
+
+    @property
+    def whole(self) -> bool:
+        """Whether neither N nor M is split."""
+        return len(self.rows) == len(self.columns) == 1
 
     def view(self, shape: Lead) -> "Terms":
-        """With other sizes before N and M, of which none is split and merged at once."""
+        """With N and M split, or with other sizes before them; none is split and merged at once."""
         if -1 in shape:
             others = -math.prod(shape)
             shape = tuple(math.prod(self.shape) // others if s == -1 else s for s in shape)
-        if len(shape) < 3 or shape[-2:] != self.sizes:
+        n, m = self.sizes
+        lead, columns = tail(shape, m)
+        lead, rows = tail(lead, n)
+        if not lead:
             raise UnreadableError
-        lead = tuple(shape[:-2])
         if groups(lead, self.lead) is not None:
-            return replace(self, shown=lead)
+            return replace(self, shown=lead, rows=rows, columns=columns, hidden=())
         if groups(self.lead, lead) is None:
             raise UnreadableError
         split = partial(spread, coarse=self.lead, fine=lead)
@@ -100,38 +119,92 @@ class Terms:
             k=split(self.k),
             lead=lead,
             shown=lead,
+            rows=rows,
+            columns=columns,
+            hidden=(),
             biases=tuple(map(split, self.biases)),
             masks=tuple(m if m.dtype == torch.int32 else split(m) for m in self.masks),
         )
 
     def fitted(self, x: Tensor) -> Tensor:
         """A tensor that meets this one as it is shown, [*lead, N, M] with sizes of 1."""
-        missing = len(self.shown) + 2 - x.ndim
+        missing = len(self.shape) - x.ndim
         if missing < 0:
             raise UnreadableError
-        return spread(x[(None,) * missing], coarse=self.shown, fine=self.lead)
+        x = spread(unexpanded(x)[(None,) * missing], coarse=self.shown, fine=self.lead)
+        for place, sizes in ((-1, self.columns), (-2, self.rows)):
+            x = joined(x, place, sizes)
+        return x
 
     def scaled(self, factor: Any) -> "Terms":
         """Times a number, or a tensor that has one for each query."""
-        if self.softmax:
+        if self.softmax or self.normal:
             raise UnreadableError
+        if isinstance(factor, Tensor) and self.softcap is not None:
+            factor = number(factor)
         if isinstance(factor, Tensor):
-            factor = factor[(None,) * (2 - factor.ndim)] if factor.ndim < 2 else factor
+            factor = self.fitted(factor)
             if factor.shape[-1] != 1 or not factor.is_floating_point():
                 raise UnreadableError
-            factor = self.fitted(factor)
             q = self.q * factor.to(self.q.dtype)
             return replace(self, q=q, biases=tuple(b * factor for b in self.biases))
         if isinstance(factor, bool) or not isinstance(factor, int | float):
             raise UnreadableError
         biases = tuple(b * factor for b in self.biases)
-        return replace(self, scale=self.scale * factor, biases=biases)
+        softcap = self.softcap
+        if softcap is not None:
+            if factor <= 0:
+                raise UnreadableError
+            softcap *= factor
+        return replace(self, scale=self.scale * factor, softcap=softcap, biases=biases)
+
+    def capped(self) -> "Terms":
+        """The hyperbolic tangent of the scores."""
+        if self.softmax or self.masks or self.softcap is not None:
+            raise UnreadableError
+        terms = self.with_biases_in_product() if self.biases else self
+        return replace(terms, softcap=1.0)
+
+    def with_biases_in_product(self) -> "Terms":
+        """The biases as parts of the product: q k^T + b is [q, b] [k, I]^T, I the unit matrix."""
+        m = self.sizes[1]
+        if m > FEW_KEYS or self.scale == 0:
+            raise UnreadableError
+        bias = sum(self.biases[1:], self.biases[0]) / self.scale
+        shape = (*self.lead, *self.sizes)
+        q = torch.cat((self.q.expand(*shape[:-1], -1), bias.to(self.q.dtype).expand(shape)), -1)
+        unit = torch.eye(m, dtype=self.k.dtype, device=self.k.device)
+        k = torch.cat((self.k, unit.expand(*self.k.shape[:-1], -1)), -1)
+        return replace(self, q=q, k=k, biases=())
+
+    def permuted(self, order: Lead) -> "Terms":
+        """With the sizes before N and M in another order."""
+        count = len(self.lead)
+        order = tuple(place % (count + 2) for place in order)
+        if self.shape != (*self.lead, *self.sizes) or order[count:] != (count, count + 1):
+            raise UnreadableError
+        if any(m.dtype == torch.int32 for m in self.masks):
+            raise UnreadableError
+        lead = tuple(self.lead[place] for place in order[:count])
+        return replace(
+            self,
+            q=self.q.permute(order),
+            k=self.k.permute(order),
+            lead=lead,
+            shown=lead,
+            biases=tuple(b.permute(order) for b in self.biases),
+            masks=tuple(m.permute(order) for m in self.masks),
+        )
 
     def plus(self, x: Any) -> "Terms":
-        """With a mask or a bias added."""
-        if self.softmax or not isinstance(x, Tensor):
+        """With a mask, a bias or a number added."""
+        if self.softmax or self.normal:
             raise UnreadableError
-        if x.dtype == torch.int32 and x.ndim == 4:
+        if isinstance(x, int | float):
+            x = self.q.new_full((1, 1), x)
+        if not isinstance(x, Tensor):
+            raise UnreadableError
+        if x.dtype == torch.int32 and x.ndim == 4 and self.whole:
             return replace(self, masks=(*self.masks, x))
         if not x.is_floating_point():
             raise UnreadableError
@@ -139,7 +212,9 @@ class Terms:
 
     def seen_where(self, visible: Any) -> "Terms":
         """With the keys hidden that are not visible."""
-        if self.softmax or not isinstance(visible, Tensor) or visible.dtype != torch.bool:
+        if self.softmax or self.normal:
+            raise UnreadableError
+        if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
             raise UnreadableError
         return replace(self, masks=(*self.masks, self.fitted(visible)))
 
@@ -150,7 +225,7 @@ class Terms:
         if v.ndim < len(self.shown) + 2:
             v = v[(None,) * (len(self.shown) + 2 - v.ndim)]
         v = spread(v, coarse=self.shown, fine=self.lead)
-        if not self.softmax or v.shape[-2] != m:
+        if not self.softmax or not self.whole or v.shape[-2] != m:
             raise UnreadableError
         q = merge(self.q.expand(*self.lead, *self.q.shape[-2:]))
         k, v = merge(self.k), merge(v)
@@ -164,16 +239,87 @@ class Terms:
             bias = bias.expand(-1, -1, -1, m)
         mask: Mask = Band()
         for each in self.masks:
-            other = read_once(each, n, m) if each.dtype == torch.int32 else Boolean(merge(each))
+            if each.dtype == torch.int32:
+                other = read_once(each, n, m)
+            else:
+                seen = merge(each)
+                other = Boolean(seen.expand(*seen.shape[:3], m))
             mask = intersect(mask, other, n, m, q.device)
         options = Options(
             mask=mask,
             scale=self.scale,
+            softcap=self.softcap,
             bias=bias,
             dropout=self.dropout,
             seed=dropout_seed(self.dropout, q.device),
         )
         return q.to(v.dtype), k.to(v.dtype), v, options
+
+
+# So many keys may be dimensions of a product; with more of them it would be larger than the scores.
+FEW_KEYS = 64
+# Tensors of one number -> their version and that number.
+_READ: Any = WeakIdKeyDictionary()
+
+
+def number(x: Tensor) -> float:
+    """The value of a constant tensor of one number, read from its device once.
+
+    What torch.compile traces has no values.
+    """
+    if x.numel() != 1 or x.requires_grad or torch.compiler.is_compiling():
+        raise UnreadableError
+    version = 0 if x.is_inference() else x._version
+    if _READ.get(x, (None,))[0] != version:
+        _READ[x] = version, float(x)
+    return _READ[x][1]
+
+
+@dataclass(frozen=True, eq=False)
+class PerQuery:
+    """One number for each query of a product's scores, the last size 1.
+
+    Attributes:
+        terms: The product.
+        normaliser: Whether it is the logarithm of the sum of the scores' exponentials.
+        kept: Whether the last size is there already.
+    """
+
+    terms: Terms
+    normaliser: bool = False
+    kept: bool = True
+
+
+def unexpanded(x: Tensor) -> Tensor:
+    """The same without the sizes that it was only expanded to."""
+    for place, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            x = x.narrow(place, 0, 1)
+    return x
+
+
+def tail(shape: Lead, size: int) -> tuple[Lead, Lead]:
+    """The sizes in two: the fewest at the end whose product is `size`, behind the others."""
+    product = 1
+    for at in range(len(shape) - 1, -1, -1):
+        product *= shape[at]
+        if product == size:
+            return tuple(shape[:at]), tuple(shape[at:])
+    raise UnreadableError
+
+
+def joined(x: Tensor, place: int, sizes: Lead) -> Tensor:
+    """X with those sizes, of which it may have 1 instead, as one that ends at `place`."""
+    if len(sizes) == 1:
+        return x
+    after = x.ndim + place + 1
+    start = after - len(sizes)
+    given = x.shape[start:after]
+    if any(had not in (1, size) for had, size in zip(given, sizes, strict=True)):
+        raise UnreadableError
+    if not all(had == 1 for had in given):
+        x = x.expand(*x.shape[:start], *sizes, *x.shape[after:])
+    return x.flatten(start, after - 1)
 
 
 def groups(coarse: Lead, fine: Lead) -> list[int] | None:
@@ -229,20 +375,28 @@ class Product:
         replay: Computes it as the class would have.
         terms: What it is; None where that is not known.
         is_weights: Whether a softmax was taken on the way here.
+        per_query: What it is instead, if it has one number for each query.
     """
 
     def __init__(
-        self, replay: Callable[[], Tensor], terms: Terms | None, is_weights: bool = False
+        self,
+        replay: Callable[[], Tensor],
+        terms: Terms | None,
+        is_weights: bool = False,
+        per_query: PerQuery | None = None,
     ) -> None:
         self.replay = replay
         self.terms = terms
         self.is_weights = is_weights
+        self.per_query = per_query
         self.computed: Tensor | None = None
 
     def compute(self) -> Tensor:
         """The tensor itself."""
         if self.computed is None:
-            self.computed = self.replay()
+            # a `Reading` that goes on would only make a product of it again
+            with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+                self.computed = self.replay()
             self.terms = None
         return self.computed
 
@@ -327,12 +481,17 @@ class Reading(TorchFunctionMode):
     Args:
         settings: The module's.
         refused: The reason for which all is computed as the class would.
+        changes_output: Whether the class changes the output in place.
     """
 
-    def __init__(self, settings: Settings, refused: Reason | None = None) -> None:
+    def __init__(
+        self, settings: Settings, refused: Reason | None = None, *, changes_output: bool = False
+    ) -> None:
         super().__init__()
         self.settings = settings
         self.refused = refused
+        self.changes_output = changes_output
+        self.made: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
 
     def __torch_function__(
         self,
@@ -342,7 +501,9 @@ class Reading(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        name = _NAMES.get(func) or _name_of(func)
+        name = _NAMES.get(func, "")
+        if self.made and _writes(func, kwargs):
+            self.made.clear()
         begin = BEGINNINGS.get(name)
         if begin is not None:
             result = begin(self, func, args, kwargs)
@@ -372,6 +533,8 @@ class Reading(TorchFunctionMode):
             result = step(self, *args, **kwargs)
         except UnreadableError:
             return func(*computed(args), **computed(kwargs))
+        if isinstance(result, PerQuery):
+            return Product(replay, None, per_query=result)
         if not isinstance(result, Terms):
             return result
         if in_place:
@@ -390,7 +553,18 @@ class Reading(TorchFunctionMode):
         out = attend(q, k, v4, options, self.settings, lambda: None)
         if out is None:
             return replay()
-        return out.reshape(*terms.shown, *out.shape[-2:])
+        out = out.reshape(*terms.shown, *out.shape[-2:])
+        # an engine's backward needs its output as it was; that of a product does not
+        return out.clone() if self.changes_output else out
+
+
+def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a function changes a tensor that was there before."""
+    name = getattr(func, "__name__", "")
+    return "out" in kwargs or name.endswith("_") != name.endswith("__") or name in _WRITING
+
+
+_WRITING = frozenset(f"__{name}__" for name in ("setitem", "set", "iand", "ior", "ixor"))
 
 
 def _replay(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -407,18 +581,6 @@ def _as_numbers(mask: Any, scores: Any) -> Any:
     return expand(mask, *scores.shape[-2:], scores, causal=False, additive=True)
 
 
-@cache
-def _name_of(func: Any) -> str:
-    name = getattr(func, "__name__", "")
-    if name.startswith("__") and name.endswith("__"):
-        return name.strip("_")
-    return name
-
-
-_NAMES: dict[Any, str] = {
-    getattr(torch.Tensor, f"__{name}__"): name
-    for name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "rmatmul")
-}
 _ADDITIONS = frozenset(
     (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__)
 )
@@ -438,12 +600,31 @@ def _note_constant(result: Any, args: tuple[Any, ...]) -> None:
         result._flashpatch_constant = value  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def know_buffers(module: nn.Module) -> None:
+    """Takes note of a module's buffers of one number, which are constants of its class."""
+    for buffer in module._buffers.values():
+        if buffer is None or buffer.ndim > 0 or hasattr(buffer, "_flashpatch_constant"):
+            continue
+        if not torch.compiler.is_compiling() and buffer.device.type != "meta":
+            _note_constant(buffer, (buffer.item(),))
+
+
 def _constant(value: Any) -> Any:
     return getattr(value, "_flashpatch_constant", value)
 
 
 def _hides(value: Any) -> bool:
-    """Whether a score of this value is none: the least of a dtype."""
+    """Whether a key that is given this score is hidden by it.
+
+    From some 100 below the largest score on, a weight is less than any number of float32, so that
+    only where all else is below -9 900 another score than minus infinity would make a difference.
+    """
+    value = _constant(value)
+    return isinstance(value, int | float) and value <= -1e4
+
+
+def _is_least(value: Any) -> bool:
+    """Whether no score is below this value: the least of a dtype."""
     value = _constant(value)
     return isinstance(value, int | float) and value <= torch.finfo(torch.float16).min
 
@@ -495,13 +676,22 @@ def _baddbmm(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[st
     return Product(partial(func, bias, a, b, **kwargs), terms)
 
 
+_OTHERS = "ABCDEFGH"  # stand for the sizes that an equation does not name
+
+
 def _einsum(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) == 2 and isinstance(args[1], tuple | list):
+        args = (args[0], *args[1])
     if len(args) != 3 or not isinstance(args[0], str):
         return NotImplemented
     equation, a, b = args
     inputs, _, output = equation.replace(" ", "").partition("->")
     first, _, second = inputs.partition(",")
-    if "." in equation or not output or len(set(first)) < len(first):
+    if first[:3] == second[:3] == output[:3] == "...":
+        dims = a.ndim - len(first) + 3
+        if dims == b.ndim - len(second) + 3 and not set(inputs + output) & set(_OTHERS):
+            first, second, output = (_OTHERS[:dims] + x[3:] for x in (first, second, output))
+    if "." in first + second + output or not output or len(set(first)) < len(first):
         return func(*computed(args))
     if isinstance(a, Product) and a.is_weights and a.terms is not None:
         return _einsum_of_weights(reading, func, args, first, second, output)
@@ -612,6 +802,19 @@ def _composed(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[s
         return inner(*args, **kwargs)
 
 
+def _again(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Whole numbers that are made of the same as before are the same tensor, known as such."""
+    if kwargs or not isinstance(args[0], Tensor) or args[0].is_floating_point():
+        return NotImplemented
+    rest = tuple(_constant(x) for x in args[1:])
+    if not all(isinstance(x, int | float | tuple) for x in rest):
+        return NotImplemented
+    key = (func, id(args[0]), *rest)
+    if key not in reading.made:
+        reading.made[key] = args, func(*args)
+    return reading.made[key][1]
+
+
 BEGINNINGS: dict[str, Callable[..., Any]] = {
     "matmul": _matmul,
     "bmm": _matmul,
@@ -620,6 +823,8 @@ BEGINNINGS: dict[str, Callable[..., Any]] = {
     "einsum": _einsum,
     "scaled_dot_product_attention": _fused,
     "multi_head_attention_forward": _composed,
+    "eq": _again,
+    "view": _again,
 }
 
 # What is done to a product: (reading, arguments) -> what it then is.
@@ -643,6 +848,15 @@ def _plus(reading: Reading, a: Any, b: Any, alpha: float = 1) -> Terms:
 
 
 def _minus(reading: Reading, a: Any, b: Any) -> Terms:
+    if isinstance(a, Product) and isinstance(b, Product) and b.per_query is not None:
+        terms = _of(a)
+        if not b.per_query.kept:
+            raise UnreadableError
+        if b.per_query.normaliser and b.per_query.terms is terms:
+            return replace(terms, normal=True)
+        if b.per_query.normaliser or b.per_query.terms.shape != terms.shape or terms.softmax:
+            raise UnreadableError
+        return terms  # less a number for each query, which changes no softmax
     if not isinstance(a, Product) or not isinstance(b, Tensor) or not b.is_floating_point():
         raise UnreadableError
     return _of(a).plus(-b)
@@ -664,9 +878,35 @@ def _softmax(
     reading: Reading, x: Product, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
 ) -> Terms:
     terms = _of(x)
-    if terms.softmax or dim not in (-1, len(terms.shape) - 1):
+    possible = terms.whole and not (terms.softmax or terms.normal)
+    if not possible or dim not in (-1, len(terms.shape) - 1):
         raise UnreadableError
     return replace(terms, softmax=True, dtype=dtype or terms.dtype)
+
+
+def _largest(reading: Reading, x: Product, dim: Any = None, keepdim: bool = False) -> PerQuery:
+    terms = _of(x)
+    done = terms.softmax or terms.normal or not terms.whole
+    if done or dim not in (-1, len(terms.shape) - 1):
+        raise UnreadableError
+    return PerQuery(terms, kept=keepdim)
+
+
+def _normaliser(reading: Reading, x: Product, dim: Any = None, keepdim: bool = False) -> PerQuery:
+    return replace(_largest(reading, x, dim, keepdim), normaliser=True)
+
+
+def _exp(reading: Reading, x: Product) -> Terms:
+    terms = _of(x)
+    if not terms.normal:
+        raise UnreadableError
+    return replace(terms, normal=False, softmax=True)
+
+
+def _detach(reading: Reading, x: Product) -> PerQuery:
+    if x.per_query is None or x.per_query.normaliser:
+        raise UnreadableError
+    return x.per_query
 
 
 def _dropout(
@@ -686,16 +926,37 @@ def _view(reading: Reading, x: Product, *shape: Any) -> Terms:
     return _of(x).view(shape)
 
 
-def _unsqueeze(reading: Reading, x: Product, dim: int) -> Terms:
+def _permute(reading: Reading, x: Product, *order: Any, dims: Any = None) -> Terms:
+    order = order if dims is None else (dims,)
+    return _of(x).permuted(tuple(order[0] if len(order) == 1 else order))
+
+
+def _view_as(reading: Reading, x: Any, other: Any) -> Any:
+    """A tensor may be given the shape of a product, which is known before it is computed."""
+    return _of(x).view(tuple(other.shape)) if isinstance(x, Product) else x.reshape(other.shape)
+
+
+def _expand_as(reading: Reading, x: Any, other: Any) -> Tensor:
+    if isinstance(x, Product):
+        raise UnreadableError
+    return x.expand(other.shape)
+
+
+def _unsqueeze(reading: Reading, x: Product, dim: int) -> Terms | PerQuery:
+    if x.per_query is not None and not x.per_query.kept and dim == -1:
+        return replace(x.per_query, kept=True)
     shape = list(_of(x).shape)
     shape.insert(dim if dim >= 0 else len(shape) + 1 + dim, 1)
     return _of(x).view(tuple(shape))
 
 
 def _masked_fill(reading: Reading, x: Product, mask: Any, value: Any) -> Terms:
+    terms = _of(x)
+    if terms.softmax and _constant(value) == 0 and any(mask is m for m in terms.hidden):
+        return terms  # their weights are 0
     if not _hides(value) or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise UnreadableError
-    return _of(x).seen_where(~mask)
+    return replace(terms.seen_where(~unexpanded(mask)), hidden=(*terms.hidden, mask))
 
 
 def _where(reading: Reading, condition: Any, x: Any, other: Any) -> Terms:
@@ -711,7 +972,7 @@ def _where(reading: Reading, condition: Any, x: Any, other: Any) -> Terms:
 def _at_least(reading: Reading, x: Any, least: Any = None, **kwargs: Any) -> Terms:
     """A maximum or a clamp that keeps scores from being infinite changes none that is finite."""
     least = kwargs.get("min", least)
-    if kwargs.get("max") is not None or not _hides(least) or not isinstance(x, Product):
+    if kwargs.get("max") is not None or not _is_least(least) or not isinstance(x, Product):
         raise UnreadableError
     return _of(x)
 
@@ -743,10 +1004,19 @@ STEPS: dict[str, Callable[..., Any]] = {
     "true_divide": _over,
     "truediv": _over,
     "softmax": _softmax,
+    "tanh": lambda reading, x: _of(x).capped(),
+    "amax": _largest,
+    "logsumexp": _normaliser,
+    "exp": _exp,
+    "detach": _detach,
     "dropout": _dropout,
     "view": _view,
     "reshape": _view,
+    "view_as": _view_as,
+    "reshape_as": _view_as,
+    "expand_as": _expand_as,
     "unsqueeze": _unsqueeze,
+    "permute": _permute,
     "masked_fill": _masked_fill,
     "where": _where,
     "max": _at_least,
@@ -764,3 +1034,21 @@ STEPS: dict[str, Callable[..., Any]] = {
 }
 # What may be returned beside the output, and is computed only if it is looked at.
 DEFERRED = ("mean", "sum")
+
+
+def _named() -> dict[Any, str]:
+    """The functions of PyTorch that mean something here -> what they are called in the tables."""
+    names = {*BEGINNINGS, *STEPS, *CONSTANTS, *DEFERRED}
+    homes = (torch, torch.Tensor, functional)
+    spelt = {f"{before}{name}{after}": name for name in names for before, after in _SPELLINGS}
+    return {
+        getattr(home, written): f"{name}_" if written.endswith(f"{name}_") else name
+        for written, name in spelt.items()
+        for home in homes
+        if callable(getattr(home, written, None))
+    }
+
+
+# As a function, in place, as an operator.
+_SPELLINGS = (("", ""), ("", "_"), ("__", "__"))
+_NAMES = _named()

@@ -28,6 +28,8 @@ class Patch:
         swaps: Attribute -> function of the module that gives its new value, or `KEEP`. Use
             `functools.partial(function, module)` for methods, never a closure: a copied model would
             go on using the original's weights. Choose the narrowest attribute that sees q, k and v.
+        adds_mask: Whether the class adds the mask it is given to its scores and knows no other:
+            then none may stand for a causal one.
         needs_key: Whether the swaps serve no module whose config cannot get the key, because an
             attention class without a patch reads it too.
         attends: False for a class that holds attention modules and builds what they are given: it
@@ -37,6 +39,7 @@ class Patch:
     owner: str
     keyed: bool = True
     swaps: Mapping[str, Swap] = field(default_factory=dict)
+    adds_mask: bool = False
     needs_key: bool = True
     attends: bool = True
 

@@ -70,3 +70,35 @@ def test_demo_refuses_a_device_that_is_not_there(monkeypatch, tmp_path):
     result = RUNNER.invoke(cli.app, ["demo", "--device", "abacus", "--out", str(tmp_path)])
     assert result.exit_code == 2
     assert "no device 'abacus' here" in result.output
+
+
+@pytest.fixture
+def some_architectures(monkeypatch):
+    """Three types instead of all: reading every class takes half a minute."""
+    from flashpatch import architectures
+
+    monkeypatch.setattr(
+        architectures, "CONFIG_MAPPING", {n: architectures.CONFIG_MAPPING[n] for n in SOME}
+    )
+
+
+SOME = ("bert", "llama", "resnet")
+
+
+def test_models_lists_the_types_that_match(some_architectures):
+    shown = RUNNER.invoke(cli.app, ["models", "*a*"], env={"COLUMNS": "200"}).output
+    assert "llama" in shown
+    assert "interface" in shown
+    assert "bert" not in shown
+
+
+def test_models_as_a_document(some_architectures):
+    shown = RUNNER.invoke(cli.app, ["models", "--markdown"]).output
+    assert shown.startswith("# Architectures of transformers")
+    assert "\n| llama | interface |" in shown
+
+
+def test_models_refuses_a_pattern_that_matches_nothing(some_architectures):
+    result = RUNNER.invoke(cli.app, ["models", "abacus"])
+    assert result.exit_code == 2
+    assert "'abacus'" in result.output

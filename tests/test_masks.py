@@ -12,15 +12,18 @@ from transformers import AttentionMaskInterface, DynamicCache, MistralConfig, St
 from transformers import masking_utils as creators
 
 from flashpatch.masks import (
+    COMPUTE_WITH_MASKS,
     documents_from_position_ids,
     expand,
     fpatch_mask,
+    of_last_queries,
     pack,
     read_once,
     separate,
     unpack,
     within_window,
 )
+from flashpatch.patches.interface import is_causal
 from flashpatch_kernels import masks
 from flashpatch_kernels.masks import Band, Boolean, Intervals
 
@@ -150,6 +153,50 @@ def test_masks_with_a_cache_are_exact_at_every_step(kind, steps, padding):
         # Only now: a static cache has moved its counter on, which no mask may notice.
         assert full.shape[-1] == keys.shape[2]
         assert_same((tensor, full), n, keys.shape[2], name)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("model_type", COMPUTE_WITH_MASKS)
+def test_models_that_read_masks_get_those_they_know(model_type, padding):
+    # a compact mask was sliced as if it were one of keys; none, where a model had no attention but
+    # eager's, was taken for bidirectional
+    x, mask = torch.zeros(2, 6, 8), paddings(2, 6)[padding]
+    tensor, full = created("window", config(model_type), x, mask, past_key_values=None)
+    additive = COMPUTE_WITH_MASKS[model_type] is creators.eager_mask
+    assert tensor.is_floating_point() == additive
+    assert torch.equal(tensor == 0 if additive else tensor, full)
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("name", ["causal", "window"])
+def test_last_queries_are_given_the_last_rows_of_a_mask(name, padding, kept):
+    # one with padding could not be read for fewer queries than it was made for, and where it was
+    # left out two queries were taken for the first ones
+    x, mask = torch.zeros(2, 6, 8), paddings(2, 6)[padding]
+    gemma4 = config("gemma4_text", num_kv_shared_layers=2, num_hidden_layers=4)
+    tensor, full = created(name, gemma4, x, mask, past_key_values=None)
+    sliced = of_last_queries(tensor[:, :, -kept:], kept, 6)
+    assert torch.equal(meaning(sliced, 2, kept, 6), full[:, :, -kept:])
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_an_assistant_may_flip_its_mask(padding):
+    # of a compact one it swapped the ends of the intervals
+    x, states, mask = torch.zeros(2, 1, 8), torch.zeros(2, 7, 8), paddings(2, 7)[padding]
+    gemma4 = config("gemma4_text", num_kv_shared_layers=4, num_hidden_layers=4)
+    made = created("window, both sides", gemma4, x, mask, encoder_hidden_states=states)
+    tensor, full = (t.flip(-1) for t in made)
+    assert torch.equal(tensor, full)
+
+
+def test_no_mask_is_none_where_a_model_knows_no_causal_attention_without_one():
+    # the images of bridgetower, which attend to all of an image, were computed causally
+    x, tower = torch.zeros(2, 6, 8), config("bridgetower_text_model")
+    assert created("causal", tower, x, None, past_key_values=None)[0] is not None
+    assert created("bidirectional", tower, x, None)[0] is None
+    assert not is_causal(SimpleNamespace(is_causal=True, config=tower), 6, None)
+    assert is_causal(SimpleNamespace(is_causal=True, config=config()), 6, None)
 
 
 @pytest.mark.parametrize("name", ["causal", "bidirectional"])

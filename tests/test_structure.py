@@ -23,7 +23,12 @@ KERNELS_KNOW = {"flashpatch_kernels", "jaxtyping", "torch", "triton"}
 
 # The modules (with what is inside them) that may import transformers, and those that may do so
 # inside a function only, because they are loaded before a script has imported it.
-KNOW_TRANSFORMERS = ("flashpatch.patches", "flashpatch.masks", "flashpatch.demo")
+KNOW_TRANSFORMERS = (
+    "flashpatch.patches",
+    "flashpatch.masks",
+    "flashpatch.demo",
+    "flashpatch.architectures",
+)
 KNOW_TRANSFORMERS_LAZILY = ("flashpatch.enabling",)
 
 # Modules that must load where Triton is not installed: all but these.
@@ -48,6 +53,7 @@ PUBLIC = {
         "applied",
         "apply",
         "attention",
+        "coverage",
         "disable",
         "enable",
         "load_ipython_extension",

@@ -2,5 +2,15 @@
 
 from importlib import import_module
 
-for _room in ("interface", "t5", "alibi", "attn_method", "relative", "deberta", "explicit"):
+for _room in (
+    "interface",
+    "t5",
+    "alibi",
+    "attn_method",
+    "relative",
+    "deberta",
+    "sliding",
+    "bigbird",
+    "explicit",
+):
     import_module(f"{__name__}.{_room}")

@@ -4,7 +4,7 @@
 therefore wrapped to pass it on with the mask.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,10 +24,18 @@ class Kind:
     Attributes:
         scale: Factor on the products.
         window: How many keys a query sees, its own included; None for all up to its own.
+        transposed: As GPT has it: keys are given as [B, H, D, M], the mask hides padding alone, and
+            the result is a list.
     """
 
     scale: float
     window: int | None = None
+    transposed: bool = False
+
+
+def _openai(module: Any) -> Kind:
+    size = module.split_size // module.n_head
+    return Kind(scale=size**-0.5 if module.scale else 1.0, transposed=True)
 
 
 def _gpt_neo(module: Any) -> Kind:
@@ -42,6 +50,7 @@ def _gptj(module: Any) -> Kind:
 CLASSES: dict[str, Callable[[Any], Kind]] = {
     "gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention": _gpt_neo,
     "gptj.modeling_gptj.GPTJAttention": _gptj,
+    "openai.modeling_openai.Attention": _openai,
 }
 
 
@@ -70,16 +79,18 @@ def attn(
     key: Tensor,
     value: Tensor,
     attention_mask: Passed,
-) -> tuple[Tensor, Tensor | None]:
+    *args: Any,
+) -> Sequence[Tensor | None]:
     """Stands for `_attn`.
 
     Args:
         kind: Facts about the layer.
         module: The attention module.
         query: [B, H, N, D].
-        key: [B, H, M, D].
+        key: [B, H, M, D], or as the kind says.
         value: [B, H, M, D].
         attention_mask: What `forward` passed.
+        args: What else the class passes to its own.
 
     Returns:
         The output [B, H, N, D], and the attention weights where the original computes them.
@@ -87,9 +98,11 @@ def attn(
     settings: Settings = getattr(module, "_flashpatch", DEFAULT)
     cls: Any = type(module)
     mask = attention_mask.mask
-    causal = is_causal(module, query.shape[2], mask)
+    causal = kind.transposed or is_causal(module, query.shape[2], mask)
 
-    def original() -> tuple[Tensor, Tensor | None]:
+    def original() -> Sequence[Tensor | None]:
+        if kind.transposed:
+            return cls._attn(module, query, key, value, mask, *args)
         dense = expand(mask, query.shape[2], key.shape[2], query, causal=causal, additive=True)
         return cls._attn(module, query, key, value, dense)
 
@@ -102,11 +115,14 @@ def attn(
     blocked = why_blocked(module, settings, arguments)
     if blocked is not None:
         return fall_back(blocked, settings, original)
+    keys = key.transpose(2, 3) if kind.transposed else key
     q, k, v, options = read_call(
-        query, key, value, mask, causal, settings, arguments, window=kind.window
+        query, keys, value, mask, causal, settings, arguments, window=kind.window
     )
     out = attend(q, k, v, options, settings, original)
-    return out if isinstance(out, tuple) else (out, None)
+    if isinstance(out, tuple | list):
+        return out
+    return [out] if kind.transposed else (out, None)
 
 
 def _register(name: str, kind: Callable[[Any], Kind]) -> None:

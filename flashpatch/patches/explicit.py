@@ -5,29 +5,45 @@ see `flashpatch.products`. A row is a class, and whether its model's masks may b
 """
 
 import inspect
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from flashpatch.dispatch import DEFAULT, Settings
 from flashpatch.patches.interface import why_blocked
-from flashpatch.products import Reading, released
+from flashpatch.products import Reading, know_buffers, released
 from flashpatch.registry import Patch, register
 
 # Classes that only add the mask they are given, so that it may be a compact one.
-KEYED: tuple[str, ...] = ()
+KEYED = (
+    "codegen.modeling_codegen.CodeGenAttention",
+    "convbert.modeling_convbert.ConvBertSelfAttention",
+    "flava.modeling_flava.FlavaSelfAttention",
+    "gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseAttention",
+    "ibert.modeling_ibert.IBertSelfAttention",
+    "imagegpt.modeling_imagegpt.ImageGPTAttention",
+    "luke.modeling_luke.LukeSelfAttention",
+    "megatron_bert.modeling_megatron_bert.MegatronBertSelfAttention",
+    "mpnet.modeling_mpnet.MPNetSelfAttention",
+    "rembert.modeling_rembert.RemBertSelfAttention",
+    "roformer.modeling_roformer.RoFormerSelfAttention",
+    "squeezebert.modeling_squeezebert.SqueezeBertSelfAttention",
+    "tapas.modeling_tapas.TapasSelfAttention",
+    "visual_bert.modeling_visual_bert.VisualBertSelfAttention",
+)
 # Classes that slice or invert it first, or whose masks are their own model's.
 CLASSES = (
+    "aimv2.modeling_aimv2.Aimv2AttentionPoolingHead",
     "bark.modeling_bark.BarkSelfAttention",
+    "big_bird.modeling_big_bird.BigBirdSelfAttention",
+    "bigbird_pegasus.modeling_bigbird_pegasus.BigBirdPegasusSelfAttention",
     "blip.modeling_blip.BlipAttention",
-    "blip_text.modeling_blip_text.BlipTextSelfAttention",
+    "blip.modeling_blip_text.BlipTextSelfAttention",
     "bros.modeling_bros.BrosSelfAttention",
     "canine.modeling_canine.CanineSelfAttention",
     "clap.modeling_clap.ClapAudioSelfAttention",
     "clvp.modeling_clvp.ClvpSelfAttention",
-    "codegen.modeling_codegen.CodeGenAttention",
-    "convbert.modeling_convbert.ConvBertSelfAttention",
     "cpmant.modeling_cpmant.CpmAntAttention",
     "cvt.modeling_cvt.CvtSelfAttention",
     "dab_detr.modeling_dab_detr.DabDetrAttention",
@@ -36,13 +52,12 @@ CLASSES = (
     "data2vec.modeling_data2vec_vision.Data2VecVisionSelfAttention",
     "deepseek_ocr2.modeling_deepseek_ocr2.DeepseekOcr2SamVisionAttention",
     "deepseek_ocr2.modeling_deepseek_ocr2.DeepseekOcr2SamVisionSdpaAttention",
-    "donut_swin.modeling_donut_swin.DonutSwinSelfAttention",
+    "donut.modeling_donut_swin.DonutSwinSelfAttention",
     "evolla.modeling_evolla.EvollaSequenceAlignerCrossAttention",
     "evolla.modeling_evolla.EvollaSequenceCompressorAttention",
     "falcon.modeling_falcon.FalconAttention",
     "fastspeech2_conformer.modeling_fastspeech2_conformer.FastSpeech2ConformerAttention",
     "flaubert.modeling_flaubert.MultiHeadAttention",
-    "flava.modeling_flava.FlavaSelfAttention",
     "fsmt.modeling_fsmt.Attention",
     "funnel.modeling_funnel.FunnelRelMultiheadAttention",
     "gemma3n.modeling_gemma3n.Gemma3nAudioAttention",
@@ -50,38 +65,33 @@ CLASSES = (
     "git.modeling_git.GitSelfAttention",
     "glpn.modeling_glpn.GLPNEfficientSelfAttention",
     "got_ocr2.modeling_got_ocr2.GotOcr2VisionAttention",
-    "gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseAttention",
     "granite_speech.modeling_granite_speech.GraniteSpeechConformerAttention",
     "granite_speech_plus.modeling_granite_speech_plus.GraniteSpeechPlusConformerAttention",
-    "grounding_dino.modeling_grounding_dino.GroundingDinoBiMultiHeadAttention",
     "grounding_dino.modeling_grounding_dino.GroundingDinoMultiheadAttention",
     "groupvit.modeling_groupvit.GroupViTAttention",
     "hiera.modeling_hiera.HieraMaskUnitAttention",
-    "ibert.modeling_ibert.IBertSelfAttention",
-    "imagegpt.modeling_imagegpt.ImageGPTAttention",
+    "idefics.perceiver.IdeficsPerceiverAttention",
     "informer.modeling_informer.InformerProbSparseAttention",
+    "kosmos2_5.modeling_kosmos2_5.Kosmos2_5VisionAttention",
     "layoutlmv2.modeling_layoutlmv2.LayoutLMv2SelfAttention",
     "layoutlmv3.modeling_layoutlmv3.LayoutLMv3SelfAttention",
     "led.modeling_led.LEDDecoderAttention",
-    "led.modeling_led.LEDEncoderSelfAttention",
     "levit.modeling_levit.LevitAttention",
     "levit.modeling_levit.LevitAttentionSubsample",
     "lilt.modeling_lilt.LiltSelfAttention",
-    "luke.modeling_luke.LukeSelfAttention",
+    "longt5.modeling_longt5.LongT5LocalAttention",
+    "longt5.modeling_longt5.LongT5TransientGlobalAttention",
     "lxmert.modeling_lxmert.LxmertAttention",
     "mask2former.modeling_mask2former.Mask2FormerAttention",
-    "maskformer_swin.modeling_maskformer_swin.MaskFormerSwinSelfAttention",
-    "megatron_bert.modeling_megatron_bert.MegatronBertSelfAttention",
+    "maskformer.modeling_maskformer_swin.MaskFormerSwinSelfAttention",
     "mgp_str.modeling_mgp_str.MgpstrAttention",
-    "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoBiMultiHeadAttention",
     "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoMultiheadAttention",
     "mobilevit.modeling_mobilevit.MobileViTSelfAttention",
-    "mpnet.modeling_mpnet.MPNetSelfAttention",
     "mpt.modeling_mpt.MptAttention",
     "mvp.modeling_mvp.MvpAttention",
+    "nystromformer.modeling_nystromformer.NystromformerSelfAttention",
     "omdet_turbo.modeling_omdet_turbo.OmDetTurboMultiheadAttention",
     "oneformer.modeling_oneformer.OneFormerAttention",
-    "openai.modeling_openai.Attention",
     "pegasus_x.modeling_pegasus_x.PegasusXGlobalLocalAttention",
     "perceiver.modeling_perceiver.PerceiverSelfAttention",
     "pp_doclayout_v2.modeling_pp_doclayout_v2.PPDocLayoutV2ReadingOrderSelfAttention",
@@ -90,8 +100,7 @@ CLASSES = (
     "prophetnet.modeling_prophetnet.ProphetNetNgramSelfAttention",
     "pvt.modeling_pvt.PvtEfficientSelfAttention",
     "pvt_v2.modeling_pvt_v2.PvtV2SelfAttention",
-    "rembert.modeling_rembert.RemBertSelfAttention",
-    "roformer.modeling_roformer.RoFormerSelfAttention",
+    "reformer.modeling_reformer.LocalSelfAttention",
     "sam.modeling_sam.SamVisionAttention",
     "sam.modeling_sam.SamVisionSdpaAttention",
     "sam_hq.modeling_sam_hq.SamHQVisionAttention",
@@ -99,19 +108,16 @@ CLASSES = (
     "seggpt.modeling_seggpt.SegGptAttention",
     "slanext.modeling_slanext.SLANeXtVisionAttention",
     "speecht5.modeling_speecht5.SpeechT5Attention",
-    "squeezebert.modeling_squeezebert.SqueezeBertSelfAttention",
     "superglue.modeling_superglue.SuperGlueSelfAttention",
     "swin2sr.modeling_swin2sr.Swin2SRSelfAttention",
     "swinv2.modeling_swinv2.Swinv2SelfAttention",
     "table_transformer.modeling_table_transformer.TableTransformerAttention",
-    "tapas.modeling_tapas.TapasSelfAttention",
     "timesformer.modeling_timesformer.TimesformerSelfAttention",
     "trocr.modeling_trocr.TrOCRAttention",
     "tvp.modeling_tvp.TvpAttention",
     "unlimited_ocr.modeling_unlimited_ocr.UnlimitedOcrSamVisionAttention",
     "unlimited_ocr.modeling_unlimited_ocr.UnlimitedOcrSamVisionSdpaAttention",
     "vilt.modeling_vilt.ViltSelfAttention",
-    "visual_bert.modeling_visual_bert.VisualBertSelfAttention",
     "vitdet.modeling_vitdet.VitDetAttention",
     "wavlm.modeling_wavlm.WavLMAttention",
     "xglm.modeling_xglm.XGLMAttention",
@@ -119,36 +125,94 @@ CLASSES = (
     "xlnet.modeling_xlnet.XLNetRelativeAttention",
     "torch.nn.modules.activation.MultiheadAttention",
 )
+# Those that add to the output in place.
+CHANGE_OUTPUT = ("nystromformer.modeling_nystromformer.NystromformerSelfAttention",)
 
-_ASKED = ("output_attentions", "head_mask", "layer_head_mask")
+# Of these, those that are asked for the weights in every call, whether anybody wants them or not.
+ALWAYS_ASKED = (
+    "dab_detr.modeling_dab_detr.DabDetrAttention",
+    "grounding_dino.modeling_grounding_dino.GroundingDinoMultiheadAttention",
+    "mask2former.modeling_mask2former.Mask2FormerAttention",
+    "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoMultiheadAttention",
+    "oneformer.modeling_oneformer.OneFormerAttention",
+)
+# The classes around them that return the weights only to who wants them.
+HOLDERS = (
+    "dab_detr.modeling_dab_detr.DabDetrDecoderLayer",
+    "grounding_dino.modeling_grounding_dino.GroundingDinoDecoderLayer",
+    "grounding_dino.modeling_grounding_dino.GroundingDinoEncoder",
+    "mask2former.modeling_mask2former.Mask2FormerMaskedAttentionDecoderLayer",
+    "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoDecoderLayer",
+    "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoEncoder",
+    "oneformer.modeling_oneformer.OneFormerTransformerDecoderLayer",
+)
+
+# What a call may ask for that only the original gives.
+ASKED = ("output_attentions", "head_mask", "layer_head_mask")
 
 
-@cache
-def _places(cls: Any) -> dict[str, int]:
-    """Which of the arguments of a class's forward are those that may refuse a call."""
-    names = list(inspect.signature(cls.forward).parameters)[1:]
-    return {name: names.index(name) for name in _ASKED if name in names}
+Places = tuple[tuple[str, int], ...]
 
 
-def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The class's own `forward`, its attention computed by an engine."""
+def forward(places: Places, holds: bool, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The class's own `forward`, its attention computed by an engine.
+
+    Args:
+        places: Those of `ASKED` among its arguments, and where.
+        holds: Whether the weights are returned as a product, computed only if they are wanted.
+        module: The attention module.
+        args: The class's own.
+        kwargs: The class's own.
+    """
     settings: Settings = getattr(module, "_flashpatch", DEFAULT)
     cls: Any = type(module)
-    asked = {name: args[at] for name, at in _places(cls).items() if at < len(args)}
-    asked |= {name: kwargs[name] for name in _ASKED if name in kwargs}
+    asked = {name: args[at] for name, at in places if at < len(args)}
+    asked |= {name: kwargs[name] for name in ASKED if name in kwargs}
+    if holds:
+        asked.pop("output_attentions", None)
     blocked = why_blocked(module, settings, asked)
-    with Reading(settings, blocked):
+    know_buffers(module)
+    changes = f"{cls.__module__}.{cls.__qualname__}".endswith(CHANGE_OUTPUT)
+    with Reading(settings, blocked, changes_output=changes):
         out = cls.forward(module, *args, **kwargs)
-    return released(out, weights=blocked is not None)
+    return out if holds and blocked is None else released(out, weights=blocked is not None)
+
+
+def hold(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The class's own `forward`: what weights it returns are wanted."""
+    cls: Any = type(module)
+    return released(cls.forward(module, *args, **kwargs), weights=True)
+
+
+def _reading(holds: bool, module: nn.Module) -> Any:
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    places = tuple((name, names.index(name)) for name in ASKED if name in names)
+    return partial(forward, places, holds, module)
 
 
 def _register(name: str, *, keyed: bool) -> None:
     owner = name if name.startswith("torch.") else f"transformers.models.{name}"
-    swaps = {"forward": lambda module: partial(forward, module)}
-    register(Patch(owner, keyed=keyed, swaps=swaps, needs_key=False))
+    register(
+        Patch(
+            owner,
+            keyed=keyed,
+            swaps={"forward": partial(_reading, name in ALWAYS_ASKED)},
+            adds_mask=keyed,
+            needs_key=False,
+        )
+    )
 
 
 for _name in KEYED:
     _register(_name, keyed=True)
 for _name in CLASSES:
     _register(_name, keyed=False)
+for _name in HOLDERS:
+    register(
+        Patch(
+            f"transformers.models.{_name}",
+            keyed=False,
+            swaps={"forward": lambda module: partial(hold, module)},
+            attends=False,
+        )
+    )

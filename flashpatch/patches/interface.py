@@ -20,15 +20,21 @@ from flashpatch.dispatch import (
     HEAD_MASK,
     OUTPUT_ATTENTIONS,
     SKIPPED,
+    Part,
     Settings,
     attend,
+    attend_parts,
     dropout_seed,
     fall_back,
     unknown_argument,
 )
 from flashpatch.masks import (
+    DROP_QUERIES,
+    NONE_IS_NO_MASK,
     expand,
     fpatch_mask,
+    fpatch_whole_mask,
+    of_last_queries,
     read_once,
     separate,
     unpack,
@@ -42,12 +48,17 @@ from flashpatch_kernels.masks import Band, Mask
 from flashpatch_kernels.options import Options
 
 KEY = "fpatch"
+# For models of which an attention class only adds a mask: no mask then stands for a causal one.
+MASKED_KEY = "fpatch_masked"
+KEYS = (KEY, MASKED_KEY)
 
 # Arguments that models pass on and that change nothing, given the mask.
 HARMLESS = frozenset(
     (
         "cu_seq_lens_k",
         "deterministic",
+        "grid_thw",
+        "input_ids",
         "logits_to_keep",
         "max_length_k",
         "max_length_q",
@@ -58,6 +69,7 @@ HARMLESS = frozenset(
         "seq_idx",
         "sliding_window",
         "use_cache",
+        "vision_feature_layer",
     )
 )
 
@@ -79,13 +91,20 @@ def fpatch_attention(
         value: [B, H_kv, M, Dv].
         attention_mask: As `fpatch_mask` makes it (int32), or a 4-D boolean or additive mask.
         kwargs: `scaling`, `dropout`, `is_causal`, `position_bias`, `softcap`, `s_aux`,
-            `position_ids`, `cu_seq_lens_q` and what else the model passes.
+            `sinks`, `position_ids`, `cu_seq_lens_q`, `indices`, `block_indices` and what else the
+            model passes.
 
     Returns:
         The output [B, N, H, Dv], and the attention weights where the original computes them.
     """
     settings: Settings = getattr(module, "_flashpatch", DEFAULT)
+    if model_type(module) in DROP_QUERIES:
+        attention_mask = of_last_queries(attention_mask, query.shape[2], key.shape[2])
     causal = is_causal(module, query.shape[2], attention_mask, kwargs.get("is_causal"))
+    selected = selected_keys(module, query.shape[1], key.shape[2], kwargs)
+    if selected is not None:
+        attention_mask = among(selected, attention_mask, causal)
+        kwargs = {n: x for n, x in kwargs.items() if n not in ("indices", "block_indices")}
 
     def original() -> tuple[Tensor, Tensor | None]:
         return run_original(
@@ -97,8 +116,39 @@ def fpatch_attention(
         return fall_back(blocked, settings, original)
 
     q, k, v, options = read_call(query, key, value, attention_mask, causal, settings, kwargs)
+    sinks = kwargs.get("sinks")
+    if sinks is not None:
+        out = attend_with_sinks((q, k, v, options), sinks, settings)
+        return original() if out is None else (out.transpose(1, 2), None)
     out = attend(q, k, v, options, settings, original)
     return out if isinstance(out, tuple) else (out.transpose(1, 2), None)
+
+
+def model_type(module: nn.Module) -> str | None:
+    """That of the config which an attention module holds."""
+    return getattr(getattr(module, "config", None), "model_type", None)
+
+
+def attend_with_sinks(part: Part, sinks: Tensor, settings: Settings) -> Tensor | None:
+    """Attention in which each query has a sink of its own; None if no engine serves it.
+
+    Without the sink, a query's weights have the sum 1; of exp(lse) + exp(sink) they are but
+    exp(lse), which is a sigmoid.
+
+    Args:
+        part: q, k, v and the options, as `attend` takes them.
+        sinks: Logits that take weight and give no value, [B, H, N, 1].
+        settings: Those of the module that makes the call.
+
+    Returns:
+        [B, H, N, Dv].
+    """
+    found = attend_parts([part], settings, lse=True)
+    if found is None:
+        return None
+    (out, lse), *_ = found
+    assert lse is not None
+    return out * torch.sigmoid(lse[..., None] - sinks).to(out.dtype)
 
 
 def is_causal(
@@ -109,8 +159,46 @@ def is_causal(
     Source: transformers, `sdpa_attention_forward`: the argument, else the module, else True; never
     beside a mask or for a single query.
     """
+    if model_type(module) in NONE_IS_NO_MASK:
+        return False
     causal = getattr(module, "is_causal", True) if stated is None else stated
     return bool(causal) and attention_mask is None and n > 1
+
+
+def selected_keys(
+    module: nn.Module, heads: int, n_keys: int, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The keys that an indexer chose for each query, bool [B, H|1, N, M], if the model has one.
+
+    `indices` are keys, int [B, N, T]. `block_indices` are blocks of keys, int [B, H_kv, N, T], of
+    the size that the config gives, and -1 is none.
+
+    Source: transformers, `DeepseekV32Attention.forward`, `MiniMaxM3VLIndexer.build_block_mask`.
+    """
+    indices, blocks = kwargs.get("indices"), kwargs.get("block_indices")
+    if indices is not None:
+        none = indices.new_zeros((*indices.shape[:-1], n_keys), dtype=torch.bool)
+        return none.scatter(-1, indices.long(), True)[:, None]
+    if blocks is None:
+        return None
+    config: Any = module.config
+    size = config.index_block_size
+    count = -(-n_keys // size)
+    none = blocks.new_zeros((*blocks.shape[:-1], count + 1), dtype=torch.bool)
+    chosen = none.scatter(-1, blocks.masked_fill(blocks < 0, count), True)[..., :count]
+    each = chosen.repeat_interleave(size, dim=-1)[..., :n_keys]
+    return each.repeat_interleave(heads // blocks.shape[1], dim=1)
+
+
+def among(selected: Tensor, attention_mask: Tensor | None, causal: bool) -> Tensor:
+    """The mask by which queries see none but the selected keys, bool [B, H|1, N, M]."""
+    n, m = selected.shape[2:]
+    if attention_mask is None:
+        band = Band(right=0) if causal else Band()
+        return selected & masks.allowed(band, n, m, selected.device)
+    if attention_mask.is_floating_point():
+        return attention_mask.masked_fill(~selected, torch.finfo(attention_mask.dtype).min)
+    return selected & masks.allowed(unpack(attention_mask, n, m), n, m, selected.device)
 
 
 def why_blocked(module: nn.Module, settings: Settings, kwargs: dict[str, Any]) -> Reason | None:
@@ -139,6 +227,7 @@ READ = frozenset(
         "position_ids",
         "s_aux",
         "scaling",
+        "sinks",
         "softcap",
     )
 )
@@ -178,6 +267,7 @@ def read_call(
     all.
     """
     n, m = q.shape[2], k.shape[2]
+    q, k, v = one_batch(q, k, v)
     position_bias = kwargs.get("position_bias")
     if causal and m > n:
         # an empty StaticCache: the keys beyond the queries are unwritten (upper-left alignment)
@@ -212,6 +302,14 @@ def read_call(
         seed=dropout_seed(dropout, q.device),
     )
     return q, k, v, options
+
+
+def one_batch(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in a batch of one size: queries that are parameters may come once for all."""
+    sizes = {x.shape[0] for x in tensors}
+    if len(sizes) == 1:
+        return tensors
+    return tuple(x.expand(max(sizes), -1, -1, -1) for x in tensors)
 
 
 def keep_documents_apart(
@@ -281,7 +379,7 @@ def run_original(
     """The attention that the module would have run unpatched, on the mask it would have had."""
     n, m = query.shape[2], key.shape[2]
     weights = kwargs.get("output_attentions") or collects_attentions()
-    eager = weights or original not in ALL_ATTENTION_FUNCTIONS or original == KEY
+    eager = weights or original not in ALL_ATTENTION_FUNCTIONS or original in KEYS
     if kwargs.get("position_bias") is not None:
         position_bias = dense_position_bias(kwargs["position_bias"], n, m).to(query.dtype)
         kwargs = {**kwargs, "position_bias": position_bias}
@@ -300,9 +398,10 @@ def eager_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | N
 
 
 def activate() -> None:
-    """Registers the two functions under `fpatch`, for the models whose config names it."""
-    AttentionInterface.register(KEY, fpatch_attention)
-    AttentionMaskInterface.register(KEY, fpatch_mask)
+    """Registers the functions under their keys, for the models whose config names one."""
+    for key, mask in ((KEY, fpatch_mask), (MASKED_KEY, fpatch_whole_mask)):
+        AttentionInterface.register(key, fpatch_attention)
+        AttentionMaskInterface.register(key, mask)
 
 
 for _module, _names in CLASSES.items():

@@ -257,6 +257,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "hy_v4.modeling_hy_v4": ("HYV4Attention",),
     "hyperclovax.modeling_hyperclovax": ("HyperCLOVAXAttention",),
     "idefics.modeling_idefics": ("IdeficsAttention",),
+    "idefics.vision": ("IdeficsVisionAttention",),
     "idefics2.modeling_idefics2": (
         "Idefics2PerceiverAttention",
         "Idefics2VisionAttention",
@@ -307,7 +308,6 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "Llama4VisionAttention",
     ),
     "longcat_flash.modeling_longcat_flash": ("LongcatFlashMLA",),
-    "longt5.modeling_longt5": ("LongT5Attention",),
     "lw_detr.modeling_lw_detr": (
         "LwDetrAttention",
         "LwDetrViTAttention",
@@ -416,10 +416,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "Phi4MultimodalVisionAttention",
     ),
     "phimoe.modeling_phimoe": ("PhimoeAttention",),
-    "pix2struct.modeling_pix2struct": (
-        "Pix2StructTextAttention",
-        "Pix2StructVisionAttention",
-    ),
+    "pix2struct.modeling_pix2struct": ("Pix2StructVisionAttention",),
     "pixio.modeling_pixio": ("PixioAttention",),
     "pixtral.modeling_pixtral": ("PixtralAttention",),
     "plbart.modeling_plbart": ("PLBartAttention",),
@@ -427,7 +424,6 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "pocket_tts_audio_tokenizer.modeling_pocket_tts_audio_tokenizer": (
         "PocketTTSAudioTokenizerAttention",
     ),
-    "pop2piano.modeling_pop2piano": ("Pop2PianoAttention",),
     "pp_doclayout_v2.modeling_pp_doclayout_v2": ("PPDocLayoutV2SelfAttention",),
     "pp_doclayout_v3.modeling_pp_doclayout_v3": ("PPDocLayoutV3SelfAttention",),
     "pp_doclayout_v4.modeling_pp_doclayout_v4": ("PPDocLayoutV4SelfAttention",),
@@ -551,7 +547,6 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "Step3p7VisionAttention",
     ),
     "swin.modeling_swin": ("SwinAttention",),
-    "switch_transformers.modeling_switch_transformers": ("SwitchTransformersAttention",),
     "t5gemma.modeling_t5gemma": (
         "T5GemmaCrossAttention",
         "T5GemmaSelfAttention",
@@ -568,7 +563,6 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "Tipsv2VisionAttention",
         "Tipsv2VisionSelfAttention",
     ),
-    "udop.modeling_udop": ("UdopAttention",),
     "ultrabert.modeling_ultrabert": ("UltrabertAttention",),
     "unispeech.modeling_unispeech": ("UniSpeechAttention",),
     "unispeech_sat.modeling_unispeech_sat": ("UniSpeechSatAttention",),

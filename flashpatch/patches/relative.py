@@ -18,7 +18,7 @@ from torch.nn import functional
 from flashpatch.dispatch import DEFAULT, Settings, attend, fall_back
 from flashpatch.inspection import calls_interface
 from flashpatch.masks import expand, pack
-from flashpatch.patches.interface import KEY, read_call, why_blocked
+from flashpatch.patches.interface import KEYS, read_call, why_blocked
 from flashpatch.registry import KEEP, Patch, register
 from flashpatch_kernels.masks import Intervals, intersect, key_mask
 from flashpatch_kernels.options import Options, Relative
@@ -53,7 +53,7 @@ def forward(
     """
     settings: Settings = getattr(module, "_flashpatch", DEFAULT)
     positions = relative_position_embeddings
-    keyed = getattr(getattr(module, "config", None), "_attn_implementation", None) == KEY
+    keyed = getattr(getattr(module, "config", None), "_attn_implementation", None) in KEYS
     if keyed:
         # the class's own forward asks the interface, which then tells the reason itself
         settings = replace(settings, on_fallback=_be_silent)

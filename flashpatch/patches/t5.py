@@ -14,8 +14,13 @@ from torch import Tensor, nn
 from flashpatch.registry import KEEP, Patch, register
 
 CLASSES = (
+    "longt5.modeling_longt5.LongT5Attention",
     "mt5.modeling_mt5.MT5Attention",
+    "pix2struct.modeling_pix2struct.Pix2StructTextAttention",
+    "pop2piano.modeling_pop2piano.Pop2PianoAttention",
+    "switch_transformers.modeling_switch_transformers.SwitchTransformersAttention",
     "t5.modeling_t5.T5Attention",
+    "udop.modeling_udop.UdopAttention",
     "umt5.modeling_umt5.UMT5Attention",
 )
 

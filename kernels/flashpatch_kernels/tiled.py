@@ -13,7 +13,7 @@ N queries, M keys, D head size, Dv that of v, R queries and W keys of a tile.
 
 Three choices of this file:
 Scores are in units of log 2, because PyTorch's exp2 takes a third of the time of its exp on a CPU
-and is as exact.
+and is as exact. Not in float64, which is there to be exact: each change of units rounds the lse.
 With a table or vectors by distance, the queries of a tile run backwards. The table's entry for row
 r and key j is then a fixed number plus r + j, so that the table's tile [R, W] is a view of it, with
 strides (1, 1), and its gradient, the sums of dS over its diagonals, are the column sums of dS with
@@ -23,7 +23,7 @@ than for dS^T Q.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +36,18 @@ from flashpatch_kernels.masks import Band, Boolean, Intervals, Mask, band_bounds
 from flashpatch_kernels.options import Options, Relative
 from flashpatch_kernels.tiled_relative import Term, Tile, largest_matrix
 
-LOG2E = math.log2(math.e)
-LN2 = math.log(2)
+
+@dataclass(frozen=True)
+class Unit:
+    """What scores are counted in: how many make up 1, and the functions of such numbers."""
+
+    per_one: float
+    exp_: Callable[[Tensor], Tensor]
+    log: Callable[[Tensor], Tensor]
+
+
+BINARY = Unit(math.log2(math.e), Tensor.exp2_, Tensor.log2)
+NATURAL = Unit(1.0, Tensor.exp_, Tensor.log)
 # A score below this hides its key, as -inf does.
 LOWEST = -1e38
 
@@ -66,9 +76,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     Dv = v.shape[3]
     out = q.new_empty((B, N, H, Dv)).transpose(1, 2)
     lse = q.new_empty((B, H, N), dtype=_accumulator(q))
+    unit = _unit(q)
     for heads in _head_tiles(q, k, v, options):
         for rows in heads.row_tiles():
-            Q = heads.take(q, rows) * (options.scale * LOG2E)  # [C, G R, D]
+            Q = heads.take(q, rows) * (options.scale * unit.per_one)  # [C, G R, D]
             m, l = heads.first_state(rows)  # [C, G R, 1]
             O = Q.new_zeros((*Q.shape[:2], Dv))
             for j0, j1 in heads.key_tiles(rows):
@@ -76,8 +87,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
                 m_new = torch.maximum(m, S.amax(-1, keepdim=True))
                 # Finite also for a row that has seen nothing yet: -inf - -inf would be NaN.
                 shift = m_new.clamp(min=LOWEST)
-                P = S.sub_(shift).exp2_()
-                alpha = torch.exp2(m - shift)
+                P = unit.exp_(S.sub_(shift))
+                alpha = unit.exp_(m - shift)
                 l.mul_(alpha).add_(P.sum(-1, keepdim=True))
                 kept = heads.kept(rows, j0, j1)
                 if kept is not None:
@@ -90,7 +101,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
             seen = l > 0
             l.masked_fill_(~seen, 1)
             heads.put(out, rows, O.div_(l * heads.keep_probability))
-            m.add_(l.log2()).mul_(LN2)
+            m.add_(unit.log(l)).div_(unit.per_one)
             heads.put(lse[..., None], rows, m.masked_fill_(~seen, -torch.inf))
     return out, lse
 
@@ -117,13 +128,14 @@ def backward(
         name: torch.zeros(shape, dtype=_accumulator(q), device=q.device)
         for name, shape in shapes.items()
     }
+    unit = _unit(q)
     scored = not needs <= {"v", "sinks", "value_embeddings"}
     for heads in _head_tiles(q, k, v, options):
         dK, dV = (x.new_zeros(x.transpose(1, 2).shape) for x in (heads.k, heads.v))  # [C, D, M]
         for rows in heads.row_tiles():
-            Q = heads.take(q, rows) * (options.scale * LOG2E)
+            Q = heads.take(q, rows) * (options.scale * unit.per_one)
             dO = heads.take(dout, rows)  # [C, G R, Dv]
-            L = heads.take(lse[..., None], rows) * LOG2E  # [C, G R, 1]
+            L = heads.take(lse[..., None], rows) * unit.per_one  # [C, G R, 1]
             # A row that sees nothing: exp(S - inf) is 0.
             L.masked_fill_(L.isneginf(), torch.inf)
             delta = (dO * heads.take(out, rows)).sum(-1, keepdim=True)
@@ -136,7 +148,7 @@ def backward(
             dQ = torch.zeros_like(Q)
             for j0, j1 in heads.key_tiles(rows):
                 S, tanh = heads.scores(Q, rows, j0, j1)
-                P = S.sub_(L).exp2_()
+                P = unit.exp_(S.sub_(L))
                 kept = heads.kept(rows, j0, j1)
                 values = None
                 if heads.values is not None:
@@ -167,7 +179,7 @@ def backward(
                 dQ.baddbmm_(dS, heads.k[:, j0:j1])
                 heads.add_product(dK, Q, dS, j0, j1)
             heads.put(grads["q"], rows, dQ.mul_(options.scale))
-        heads.put_keys(grads["k"], dK.mul_(LN2))
+        heads.put_keys(grads["k"], dK.div_(unit.per_one))
         heads.put_keys(grads["v"], dV)
     if "whole table" in sums:
         sums |= gradients_of_whole(sums.pop("whole table"), options, q.shape[2], k.shape[2])
@@ -211,16 +223,16 @@ class _Heads:
         self.C, self.G = g1 - g0, q.shape[1] // k.shape[1]
         self.h0, self.h1 = g0 * self.G, g1 * self.G
         self.N, self.M = q.shape[2], k.shape[2]
-        self.dtype, self.device = _accumulator(q), q.device
+        self.dtype, self.device, self.unit = _accumulator(q), q.device, _unit(q)
         self.k, self.v = (self._keys(x) for x in (k, v))  # [C, M, D], [C, M, Dv]
         self.mask = _Mask(self._of_this_mask(), self.N, self.M, self.device)
         self.softcap = shared.options.softcap
         self.table = self.sinks = self.bias = None
         if shared.table is not None:
-            self.table = shared.table[self.h0 : self.h1].to(self.dtype) * LOG2E
+            self.table = shared.table[self.h0 : self.h1].to(self.dtype) * self.unit.per_one
             self.table = self.table.contiguous()
         if shared.options.sinks is not None:
-            self.sinks = shared.options.sinks[self.h0 : self.h1].to(self.dtype) * LOG2E
+            self.sinks = shared.options.sinks[self.h0 : self.h1].to(self.dtype) * self.unit.per_one
         if shared.options.bias is not None:
             self.bias = self._of_these_heads(shared.options.bias)
         options = shared.options
@@ -276,24 +288,25 @@ class _Heads:
         return m, torch.ones_like(m)
 
     def scores(self, Q: Tensor, rows: Rows, j0: int, j1: int) -> tuple[Tensor, Tensor | None]:
-        """The scores [C, G R, W] over log 2 after every term and the mask, and the cap's tanh."""
+        """The scores [C, G R, W] after every term and the mask, and the cap's tanh."""
         S = self.buffer("S", (self.C, Q.shape[1], j1 - j0))
         torch.bmm(Q, self.k[:, j0:j1].transpose(1, 2), out=S)
         tanh = None
         if self.softcap is not None:
             tanh = self.buffer("tanh", S.shape)
-            torch.mul(S, LN2 / self.softcap, out=tanh).tanh_()
-            torch.mul(tanh, self.softcap * LOG2E, out=S)
+            cap = self.softcap * self.unit.per_one
+            torch.mul(S, 1 / cap, out=tanh).tanh_()
+            torch.mul(tanh, cap, out=S)
         by_head = self.by_head(S)
         if self.table is not None:
             by_head.add_(self._diagonals(self.table, rows, j0, j1))
         if self.bias is not None:
             one = self.bias.shape[1] == 1
             bias = self.bias if one else self.ordered(self.bias[:, rows.i0 : rows.i1])
-            by_head.add_(bias[..., j0:j1], alpha=LOG2E)
+            by_head.add_(bias[..., j0:j1], alpha=self.unit.per_one)
         for term in self.added:
             tile = self.tile(term, rows, j0, j1)
-            by_head.add_(tile.products(tile.vectors()), alpha=LOG2E)
+            by_head.add_(tile.products(tile.vectors()), alpha=self.unit.per_one)
         self.mask.hide(by_head, rows, j0, j1, backwards=self.backwards)
         return S, tanh
 
@@ -310,7 +323,7 @@ class _Heads:
         """The sink's weight is exp(sink - lse), and its value 0."""
         assert self.sinks is not None
         shape = (self.C * self.G, -1)
-        P = torch.exp2(self.sinks[:, None] - L.view(shape))
+        P = self.unit.exp_(self.sinks[:, None] - L.view(shape))
         total[self.h0 : self.h1] -= (P * delta.view(shape)).sum(-1)
 
     def skewed(self, shape: torch.Size, rows: Rows) -> Tensor:
@@ -479,6 +492,10 @@ def _drop(x: Tensor, kept: Tensor) -> Tensor:
 
 def _accumulator(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _unit(q: Tensor) -> Unit:
+    return NATURAL if q.dtype == torch.float64 else BINARY
 
 
 def _head_tiles(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Iterator[_Heads]:

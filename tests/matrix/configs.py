@@ -85,6 +85,8 @@ def small_list(name: str, value: list[int]) -> list[int]:
 def small_values(config: PreTrainedConfig) -> dict[str, Any]:
     """What of a config, and of those within it, is to be smaller: as its constructor takes it."""
     values: dict[str, Any] = {}
+    # of layers that differ the defaults' sizes are read, whatever single layers say
+    config.allow_global_per_layer_attribute_access = True
     declared = type(config).sub_configs
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
@@ -113,9 +115,12 @@ def _kinds_of_layers(config: Any, values: dict[str, Any]) -> None:
     kinds = getattr(config, "layer_types", None)
     if not isinstance(kinds, list | tuple) or "num_hidden_layers" not in values:
         return
+    name = type(config).attribute_map.get("layer_types", "layer_types")
+    if isinstance(getattr(type(config), name, None), property):
+        return
     distinct = list(dict.fromkeys(kinds))
     if len(distinct) > 1:
-        values["layer_types"] = distinct
+        values[name] = distinct
         values["num_hidden_layers"] = len(distinct)
 
 

@@ -65,7 +65,7 @@ def video(model: Any) -> Tensor:
 def patches_of(model: Any) -> Tensor:
     """The patches of `grid` in one sequence, each flattened."""
     size = look(model.config, "patch_size")
-    times = look(model.config, "temporal_patch_size", default=1)
+    times = look(model.config, "temporal_patch_size", "patch_temporal", default=1)
     channels = look(model.config, "in_channels", "num_channels", "in_chans", default=3)
     return draw(int(grid(model).prod(-1).sum()), channels * times * size * size)
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from flashpatch import dispatch
+from flashpatch.architectures import model_classes
 from flashpatch_kernels.engines import TILED
 
 # Where a model class is looked for; those that generate come first.
@@ -49,18 +50,10 @@ def model_class(config: Any) -> type[PreTrainedModel]:
         names = (MAPPINGS[1], *MAPPINGS)
     for name in names:
         mapping = getattr(modeling_auto, name, {})
-        found = mapping[type(config)] if type(config) in mapping.keys() else None
+        found = mapping.get(type(config), None)
         if found is not None:
             return found[0] if isinstance(found, tuple) else found
-    module = modeling(config)
-    classes = [
-        cls
-        for _, cls in inspect.getmembers(module, inspect.isclass)
-        if issubclass(cls, PreTrainedModel)
-        and cls.__module__ == module.__name__
-        and not cls.__name__.endswith("PreTrainedModel")
-        and cls.config_class is type(config)
-    ]
+    classes = [c for c in model_classes(type(config)) if not c.__name__.endswith("PreTrainedModel")]
     if not classes:
         raise LookupError(f"{type(config).__name__} has no model class")
     return min(classes, key=lambda c: (not c.__name__.endswith("Model"), len(c.__name__)))
@@ -80,7 +73,7 @@ def build(model_type: str, row: Row) -> Any:
     model = cls._from_config(config, attn_implementation=row.reference)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.is_floating_point():
+            if not parameter.is_floating_point() or not parameter.numel():
                 continue
             if parameter.ndim > 1:
                 parameter.normal_(0, parameter[0].numel() ** -0.5)
@@ -89,17 +82,18 @@ def build(model_type: str, row: Row) -> Any:
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 module.weight.normal_()
-    return model.float().eval()
+    return model.float().train(row.training)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One method of a model, or a part of it, and its arguments."""
+    """One method of a model, or `part.method` of a part of it, and its arguments."""
 
     method: str
     arguments: dict[str, Any]
 
     def run(self, model: Any) -> Any:
+        torch.manual_seed(1)  # for those that draw noise
         return attrgetter(self.method)(model)(**self.arguments)
 
 
@@ -110,11 +104,13 @@ TOWERS = ("get_image_features", "get_audio_features")
 def calls_of(model: Any, row: Row) -> list[Call]:
     """What the row calls: `forward`, and each tower that has a method of its own."""
     calls = []
-    if row.calls.get("forward", True) is not None:
+    forwards = type(model).forward is not nn.Module.forward  # some are only made of parts
+    if forwards and row.calls.get("forward", True) is not None:
         arguments = inputs_by_name(model) if row.inputs is None else row.inputs(model)
         more = {} if row.more is None else row.more(model)
         calls.append(Call("forward", {**arguments, **more}))
-    for method in dict.fromkeys((*TOWERS, *row.calls)):
+    towers = TOWERS if calls else ()
+    for method in dict.fromkeys((*towers, *row.calls)):
         if method in row.calls:
             make = row.calls[method]
             if make is not None:
@@ -143,7 +139,9 @@ def tensors_of(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield path, output
     elif isinstance(output, Mapping):
         for name, value in output.items():
-            yield from tensors_of(value, f"{path}.{name}")
+            # attention weights, which some models return unasked, are none where an engine computes
+            if "attentions" not in name:
+                yield from tensors_of(value, f"{path}.{name}")
     elif isinstance(output, tuple | list):
         for index, value in enumerate(output):
             yield from tensors_of(value, f"{path}[{index}]")
@@ -180,6 +178,10 @@ def of_tokens(outputs: dict[str, Tensor], real: Tensor) -> dict[str, Tensor]:
 def step(model: Any, call: Call) -> Step:
     """One forward and backward pass; of padded tokens nothing is looked at."""
     model.zero_grad()
+    # what a model keeps while it is not trained would hold the graph of the step before
+    training = model.training
+    model.train()
+    model.train(training)
     torch.manual_seed(0)  # of a model that draws noise
     outputs = dict(tensors_of(call.run(model)))
     mask = call.arguments.get("attention_mask")
@@ -197,7 +199,11 @@ def step(model: Any, call: Call) -> Step:
         total.backward()
     return Step(
         {name: x.detach().clone() for name, x in outputs.items()},
-        {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+        {
+            n: p.grad.clone()
+            for n, p in model.named_parameters()
+            if p.grad is not None and p.numel()
+        },
     )
 
 
@@ -270,7 +276,16 @@ def generated(model: Any, call: Call) -> Tensor | None:
     """The tokens of greedy generation with a cache; None where the class cannot."""
     if not model.can_generate() or call.method != "forward":
         return None
-    arguments = {n: x for n, x in call.arguments.items() if not n.startswith("decoder_")}
+    arguments = {
+        n: x.clone() if isinstance(x, Tensor) else x  # some write into their inputs
+        for n, x in call.arguments.items()
+        if not n.startswith("decoder_")
+    }
+    if getattr(model.config, "is_encoder_decoder", False):
+        arguments["decoder_start_token_id"] = 1
     torch.manual_seed(0)
+    was_training = model.training
+    model.eval()
     out = model.generate(**arguments, do_sample=False, min_new_tokens=4, max_new_tokens=4)
+    model.train(was_training)
     return out if isinstance(out, Tensor) else out.sequences

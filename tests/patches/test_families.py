@@ -121,6 +121,7 @@ FAMILIES = {
     "clip": Family("CLIPModel", "both", {"projection_dim": 16}),
     "clip_text_model": encoder("CLIPTextModel"),
     "clip_vision_model": Family("CLIPVisionModel", "pixels"),
+    "codegen": decoder("CodeGenForCausalLM", n_embd=32, n_head=4, n_layer=2, rotary_dim=4),
     "deberta": encoder(
         "DebertaForMaskedLM", relative_attention=True, pos_att_type="c2p|p2c", type_vocab_size=2
     ),
@@ -169,6 +170,7 @@ FAMILIES = {
     "modernbert": encoder(
         "ModernBertForMaskedLM", local_attention=6, global_attn_every_n_layers=2, head_dim=None
     ),
+    "mpnet": encoder("MPNetForMaskedLM", relative_attention_num_buckets=8),
     "mt5": seq2seq("MT5ForConditionalGeneration", **T5),
     "opt": decoder("OPTForCausalLM", word_embed_proj_dim=32),
     "phi3": decoder("Phi3ForCausalLM", sliding_window=5),
@@ -180,6 +182,7 @@ FAMILIES = {
     "roberta-cross": Family(
         "RobertaForCausalLM", "crossing", {"is_decoder": True, "add_cross_attention": True}
     ),
+    "roformer": encoder("RoFormerForMaskedLM", embedding_size=16),
     "seamless_m4t": heard("SeamlessM4TForSpeechToText"),
     "siglip": Family("SiglipModel", "both"),
     "siglip_text_model": encoder("SiglipTextModel"),
@@ -205,6 +208,7 @@ FAMILIES = {
         num_conv_pos_embeddings=4,
         num_conv_pos_embedding_groups=2,
     ),
+    "xglm": decoder("XGLMForCausalLM", d_model=32, attention_heads=4, num_layers=2),
     "whisper": seq2seq(
         "WhisperForConditionalGeneration",
         kind="speech",

@@ -7,11 +7,14 @@ source, and those that compute attention are looked up in the registry.
 import ast
 import importlib
 import re
-from collections.abc import Iterator
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -79,12 +82,42 @@ FLAGS = {
     "flash_attention_2": "_supports_flash_attn",
     "flex_attention": "_supports_flex_attn",
 }
+# What the route of an architecture means to its user.
+ROUTES = {
+    "interface": "served, through transformers' attention interface",
+    "method": "served, by a method replaced on the model's modules",
+    "partly": "served but for the classes that are named",
+    "left": "left to transformers",
+    "none": "without attention, or without a model class that can be imported",
+}
 _BUILDERS = re.compile(r"Auto(Model|Backbone)\w*|load_backbone")
 
 
 def coverage() -> tuple[Architecture, ...]:
     """Every model type of the installed transformers, and how its attention is served."""
     return tuple(_architecture(name) for name in sorted(CONFIG_MAPPING))
+
+
+def as_markdown(architectures: Sequence[Architecture]) -> str:
+    """A document with a table of all architectures that have attention, and their counts."""
+    counts = Counter(a.route for a in architectures)
+    lines = [
+        f"# Architectures of transformers {transformers.__version__}",
+        "",
+        "Written by `flashpatch models --markdown`, which reads the classes of the installed",
+        "transformers. `tests/matrix` runs each of them as a tiny model, beside its own attention.",
+        "",
+        *(f"- {counts[route]} {meaning}" for route, meaning in ROUTES.items() if counts[route]),
+        "",
+        "| Model type | Served by | Attention needs | transformers has | Left |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for a in architectures:
+        if a.attention:
+            left = "; ".join(f"`{c.name}`: {c.reason}" for c in a.attention if c.reason)
+            cells = (a.model_type, a.route, ", ".join(a.needs), ", ".join(a.alternatives), left)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _architecture(model_type: str) -> Architecture:
@@ -95,7 +128,7 @@ def _architecture(model_type: str) -> Architecture:
         model_type,
         tuple(_described(cls) for cls in found),
         tuple(need for need, pattern in NEEDS.items() if re.search(pattern, sources)),
-        tuple(name for name, flag in FLAGS.items() if any(getattr(r, flag) for r in roots)),
+        tuple(n for n, flag in FLAGS.items() if any(getattr(r, flag, False) for r in roots)),
     )
 
 
@@ -144,14 +177,16 @@ def attention_classes(model_type: str) -> frozenset[type]:
 
 def _modules_named(cls: type, names: frozenset[str]) -> Iterator[type]:
     """The classes of modules that a class's source names, alone or within a table."""
-    known = vars(importlib.import_module(cls.__module__))
+    known = vars(sys.modules.get(cls.__module__, object))
     named = [known.get(name) for name in names]
+    if "MultiheadAttention" in names:  # of `nn`
+        named.append(nn.MultiheadAttention)
     for value in (*named, *cls.__bases__):
         for found in value.values() if isinstance(value, dict) else (value,):
-            if isinstance(found, type) and issubclass(found, nn.Module):
-                # those name all classes of a file, for what they record
-                if not found.__name__.endswith("PreTrainedModel"):
-                    yield found
+            is_module = isinstance(found, type) and issubclass(found, nn.Module)
+            # those of that name name all classes of a file, for what they record
+            if is_module and not found.__name__.endswith("PreTrainedModel"):
+                yield found
 
 
 def _types_within(config: type) -> Iterator[str]:
@@ -161,9 +196,9 @@ def _types_within(config: type) -> Iterator[str]:
     except Exception:  # noqa: BLE001  (some say that they have no default)
         return
     for value in vars(default).values():
-        if isinstance(value, PreTrainedConfig) and value.model_type in CONFIG_MAPPING:
-            if type(value) is not config:
-                yield value.model_type
+        inner = isinstance(value, PreTrainedConfig) and type(value) is not config
+        if inner and value.model_type in CONFIG_MAPPING:
+            yield value.model_type
 
 
 @cache
