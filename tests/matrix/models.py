@@ -272,6 +272,15 @@ def largest_distances(ours: Step, theirs: Step) -> tuple[float, float]:
     return outputs, max(gradients, default=0.0)
 
 
+def double(call: Call) -> Call:
+    """The same call in float64."""
+
+    def widened(x: Any) -> Any:
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return Call(call.method, {name: widened(x) for name, x in call.arguments.items()})
+
+
 def generated(model: Any, call: Call) -> Tensor | None:
     """The tokens of greedy generation with a cache; None where the class cannot."""
     if not model.can_generate() or call.method != "forward":

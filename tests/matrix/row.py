@@ -23,6 +23,7 @@ class Row:
         generates: Whether greedy generation is compared, if the class can generate.
         training: Whether the model is in training mode, in which it has no dropout here either.
         needs: A package without which transformers cannot build the model.
+        broken: Why transformers itself cannot build the model.
         because: Why `reference`, `paddings`, `generates` or `training` differ, or what else is to
             be known.
     """
@@ -37,4 +38,5 @@ class Row:
     generates: bool = True
     training: bool = False
     needs: str = ""
+    broken: str = ""
     because: str = ""

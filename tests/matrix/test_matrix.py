@@ -25,8 +25,7 @@ def test_every_row_is_of_a_model_type():
     assert set(ROWS) <= set(CONFIG_MAPPING)
 
 
-# what WavLM itself makes PyTorch say of its padding
-@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # models warn of much, once a process
 @pytest.mark.parametrize("model_type", sorted(CONFIG_MAPPING))
 def test_a_model_computes_the_same_and_is_restored(model_type):
     if not attention_classes(model_type):
@@ -34,6 +33,10 @@ def test_a_model_computes_the_same_and_is_restored(model_type):
     row = ROWS.get(model_type, Row())
     if row.needs:
         pytest.importorskip(row.needs)
+    if row.broken:
+        with pytest.raises(ValueError, match=row.broken):
+            models.build(model_type, row)
+        pytest.skip(row.broken)
     model = models.build(model_type, row)
     calls = models.calls_of(model, row)
     padded = (models.padded(model, calls[0], padding) for padding in row.paddings)
@@ -50,10 +53,23 @@ def test_a_model_computes_the_same_and_is_restored(model_type):
     attending = {r.class_name for r in report.rows}
     assert attending
     assert attending - left == set(served.classes)
-    for one, other in zip(ours, expected, strict=True):
-        outputs, gradients = models.largest_distances(one, other)
-        assert outputs < OUTPUTS
-        assert gradients < GRADIENTS
     flashpatch.revert(model)
     again = models.step(model, calls[0])
     assert all(torch.equal(x, expected[0].outputs[name]) for name, x in again.outputs.items())
+    for call, one, other in zip(calls, ours, expected, strict=True):
+        distances = models.largest_distances(one, other)
+        if distances[0] >= OUTPUTS or distances[1] >= GRADIENTS:
+            assert_as_exact_as_eager(model, call, one, other)
+
+
+def assert_as_exact_as_eager(
+    model: Any, call: models.Call, ours: models.Step, eager: models.Step
+) -> None:
+    """Of a model that enlarges rounding: at most twice the error that eager attention makes."""
+    exact = models.step(model.double(), models.double(call))
+    model.float()
+    pairs = zip(
+        models.largest_distances(ours, exact), models.largest_distances(eager, exact), strict=True
+    )
+    for error, theirs in pairs:
+        assert error <= 2 * theirs + 8 * torch.finfo(torch.float32).eps

@@ -346,6 +346,7 @@ ROWS: dict[str, Row] = {
     "granite_speech_plus_encoder": Row(
         config=CONFORMER, inputs=lambda model: {"hidden_states": draw(BATCH, 22, 32)}
     ),
+    "higgs_audio_v2": Row(generates=False, because="it generates codes of sound, in its own way"),
     "hubert": Row(config=WAVE, calls={"forward": half_a_wave}),
     "kyutai_speech_to_text": Row(
         config={

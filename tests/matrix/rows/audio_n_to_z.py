@@ -331,6 +331,7 @@ ROWS: dict[str, Row] = {
     "pocket_tts_audio_tokenizer_encoder": Row(
         config=TOKENIZER, inputs=lambda model: {"input_values": draw(BATCH, 1, 3840)}
     ),
+    "pop2piano": Row(generates=False, because="it generates from a spectrogram, for a composer"),
     "qwen2_5_omni": Row(
         config={
             "thinker_config": OMNI_THINKER,

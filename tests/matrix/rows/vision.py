@@ -488,6 +488,9 @@ ROWS: dict[str, Row] = {
         more=images(),
     ),
     "pp_doclayout_v4": Row(config={**SCALES, "backbone_config": HGNET}, more=images()),
+    "pp_ocrv5_mobile_rec": Row(more=lambda model: {"pixel_values": draw(BATCH, 3, 48, 64)}),
+    "pp_ocrv5_server_rec": Row(more=lambda model: {"pixel_values": draw(BATCH, 3, 48, 64)}),
+    "pp_ocrv6_small_rec": Row(more=lambda model: {"pixel_values": draw(BATCH, 3, 48, 64)}),
     "prompt_depth_anything": Row(
         config={
             "backbone_config": SEQUENCES,
@@ -683,6 +686,10 @@ ROWS: dict[str, Row] = {
             }
         },
         more=lambda model: {"pixel_values_videos": draw(BATCH, 4, 3, 36, 36)},
+    ),
+    "videoprism_text_model": Row(
+        paddings=("right",),
+        because="its states have a token more than its mask: left padding would be compared",
     ),
     "vitmatte": Row(config={"backbone_config": {"use_relative_position_embeddings": True}}),
     "vivit": Row(config={"num_frames": 4, "image_size": 32}, more=frames),
