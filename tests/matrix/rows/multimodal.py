@@ -342,6 +342,15 @@ ROWS: dict[str, Row] = {
         calls={"model.get_image_features": emu_image},
         because="The codes of an image end each of its rows with one more.",
     ),
+    "emu3_vqgan": Row(
+        config={
+            "attn_resolutions": (1,),
+            "base_channels": 32,
+            "channel_multiplier": (1, 2),
+            "num_res_blocks": 1,
+        },
+        calls={"encoder": lambda model: {"pixel_values": draw(BATCH, 4, 3, 16, 16)}},
+    ),
     "ernie4_5_vl_moe": Row(config={"text_config": ERNIE}),
     "ernie4_5_vl_moe_text": Row(config=ERNIE),
     "fast_vlm": Row(

@@ -488,9 +488,19 @@ ROWS: dict[str, Row] = {
         more=images(),
     ),
     "pp_doclayout_v4": Row(config={**SCALES, "backbone_config": HGNET}, more=images()),
-    "pp_ocrv5_mobile_rec": Row(more=lambda model: {"pixel_values": draw(BATCH, 3, 48, 64)}),
-    "pp_ocrv5_server_rec": Row(more=lambda model: {"pixel_values": draw(BATCH, 3, 48, 64)}),
-    "pp_ocrv6_small_rec": Row(more=lambda model: {"pixel_values": draw(BATCH, 3, 48, 64)}),
+    "pp_ocrv5_mobile_rec": Row(
+        model="PPOCRV5MobileRecForTextRecognition",
+        more=lambda model: {"pixel_values": draw(BATCH, 3, 96, 160)},
+    ),
+    "pp_ocrv5_server_rec": Row(
+        model="PPOCRV5ServerRecForTextRecognition",
+        more=lambda model: {"pixel_values": draw(BATCH, 3, 96, 160)},
+    ),
+    "pp_ocrv6_small_rec": Row(
+        model="PPOCRV6SmallRecForTextRecognition",
+        config={"from_scratch": True},
+        more=lambda model: {"pixel_values": draw(BATCH, 3, 96, 160)},
+    ),
     "prompt_depth_anything": Row(
         config={
             "backbone_config": SEQUENCES,
