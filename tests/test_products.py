@@ -159,6 +159,38 @@ def by_pytorch_with_heads_in_the_batch(q: Tensor, k: Tensor, v: Tensor, bias: Te
     return out.view(B, H, N, D)
 
 
+def with_its_largest_taken_off(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    scores = q @ k.transpose(-1, -2) + 1.0
+    scores = scores - scores.amax(dim=-1, keepdim=True).detach()
+    hidden = torch.ones(N, M).triu(3).bool().expand_as(scores)
+    return scores.masked_fill(hidden, -1e4).softmax(dim=-1) @ v
+
+
+def by_the_logarithm_of_the_sum(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    scores = q @ k.transpose(-1, -2) + bias
+    return torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True)) @ v
+
+
+def with_sizes_that_have_no_name(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    first, then, last = (x.transpose(1, 2) for x in (q, k, v))
+    weights = torch.einsum("...qhd,...khd->...hqk", first, then).softmax(-1)
+    return torch.einsum("...hqk,...khd->...qhd", weights, last).transpose(1, 2)
+
+
+def with_weights_set_to_zero(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    seen = torch.ones(B, N * M, dtype=torch.long)
+    seen[1, M : M + 4] = 0
+    scores = q @ k.transpose(-1, -2)
+    scores = torch.masked_fill(scores, seen.view(B, 1, N, M) == torch.tensor(0), -torch.inf)
+    weights = torch.masked_fill(scores.softmax(-1), seen.view(B, 1, N, M) == torch.tensor(0), 0.0)
+    return weights @ v
+
+
+def with_a_mask_of_queries(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    seen = torch.ones(1, 1, N, 1, dtype=torch.bool)
+    return torch.where(seen, q @ k.transpose(-1, -2), torch.tensor(LEAST)).softmax(-1) @ v
+
+
 WAYS = [
     plainly,
     with_operators,
@@ -172,6 +204,11 @@ WAYS = [
     with_capped_scores,
     with_capped_scores_and_biases,
     with_heads_in_another_place,
+    with_its_largest_taken_off,
+    by_the_logarithm_of_the_sum,
+    with_sizes_that_have_no_name,
+    with_weights_set_to_zero,
+    with_a_mask_of_queries,
     by_pytorch,
     by_pytorch_with_heads_in_the_batch,
 ]
@@ -223,7 +260,7 @@ def test_a_refused_call_runs_the_same_operations(way, engine):
 
 def looked_at(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     scores = q @ k.transpose(-1, -2)
-    weights = (scores - scores.amax(-1, keepdim=True)).softmax(-1)
+    weights = (scores - scores.mean(-1, keepdim=True)).softmax(-1)
     return weights @ v * (weights > 0.1).sum()
 
 
@@ -247,13 +284,34 @@ def with_one_entry_set(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
+def with_other_weights_set_to_zero(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    seen = torch.ones(B, N * M, dtype=torch.long)
+    seen[1, M : M + 4] = 0
+    scores = (q @ k.transpose(-1, -2)).masked_fill(seen.view(B, 1, N, M) == 0, -torch.inf)
+    seen[0, 3:5] = 0
+    return scores.softmax(-1).masked_fill(seen.view(B, 1, N, M) == 0, 0.0) @ v
+
+
+def less_another_logarithm(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    scores = q @ k.transpose(-1, -2)
+    return torch.exp(scores * 0.5 - torch.logsumexp(scores, dim=-1, keepdim=True)) @ v
+
+
 def of_no_values(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return torch.cat([q @ k.transpose(-1, -2), bias.expand(B, H, N, M)], dim=-1)
 
 
 @pytest.mark.parametrize(
     "way",
-    [looked_at, with_weights_changed, with_heads_mixed, over_queries, with_one_entry_set],
+    [
+        looked_at,
+        with_weights_changed,
+        with_heads_mixed,
+        over_queries,
+        with_one_entry_set,
+        with_other_weights_set_to_zero,
+        less_another_logarithm,
+    ],
 )
 def test_what_is_no_attention_is_computed_as_written(way, engine):
     expected, ours = step(way), step(reading, way)
