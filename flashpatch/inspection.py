@@ -57,8 +57,7 @@ def own_attention(cls: type) -> bool:
     source = source_of(cls)
     if source is None:
         return "Attention" in cls.__name__
-    source = _COMMENT.sub("", source)
-    if _INTERFACE.search(source):
+    if _INTERFACE.search(_COMMENT.sub("", source)):
         return True
     if "Attention" not in cls.__name__ or cls.__name__.endswith(_NOT_OF_TOKENS):
         return False
