@@ -149,8 +149,10 @@ def model_classes(config: type) -> list[type]:
         beside = ()
     classes = [c for c in beside if isinstance(c, type) and issubclass(c, PreTrainedModel)]
     found = [c for c in classes if c.config_class is config]
-    mapped = modeling_auto.MODEL_MAPPING.get(config, None) if not found else None
-    return [*mapped] if isinstance(mapped, tuple) else [mapped] if mapped else found
+    if found:
+        return [*found]
+    mapped: Any = modeling_auto.MODEL_MAPPING.get(config, ())
+    return [*mapped] if isinstance(mapped, tuple) else [mapped]
 
 
 @cache
@@ -182,10 +184,10 @@ def _modules_named(cls: type, names: frozenset[str]) -> Iterator[type]:
     if "MultiheadAttention" in names:  # of `nn`
         named.append(nn.MultiheadAttention)
     for value in (*named, *cls.__bases__):
-        for found in value.values() if isinstance(value, dict) else (value,):
-            is_module = isinstance(found, type) and issubclass(found, nn.Module)
+        values = value.values() if isinstance(value, dict) else (value,)
+        for found in (v for v in values if isinstance(v, type)):
             # those of that name name all classes of a file, for what they record
-            if is_module and not found.__name__.endswith("PreTrainedModel"):
+            if issubclass(found, nn.Module) and not found.__name__.endswith("PreTrainedModel"):
                 yield found
 
 

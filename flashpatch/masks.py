@@ -117,7 +117,7 @@ def fpatch_mask(
         None (causal or no mask, as the module says), int32 as `unpack` reads it, or [B, 1, N, M]:
         bool, or additive for some of `COMPUTE_WITH_MASKS`.
     """
-    model_type = getattr(config, "model_type", None)
+    model_type = getattr(config, "model_type", "")
     given = {
         "batch_size": batch_size,
         "q_length": q_length,

@@ -579,7 +579,8 @@ def _replay(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def _as_numbers(mask: Any, scores: Any) -> Any:
     if not isinstance(mask, Tensor) or mask.dtype != torch.int32 or mask.ndim != 4:
         return mask
-    return expand(mask, *scores.shape[-2:], scores, causal=False, additive=True)
+    n, m = scores.shape[-2:]
+    return expand(mask, n, m, scores, causal=False, additive=True)
 
 
 _ADDITIONS = frozenset(

@@ -120,7 +120,7 @@ def attn(
         query, keys, value, mask, causal, settings, arguments, window=kind.window
     )
     out = attend(q, k, v, options, settings, original)
-    if isinstance(out, tuple | list):
+    if not isinstance(out, Tensor):
         return out
     return [out] if kind.transposed else (out, None)
 

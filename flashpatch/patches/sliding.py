@@ -74,8 +74,8 @@ def forward(
     if is_global_attn:
         assert is_index_global_attn is not None
         parts.append(_part(module, q, k, v, _for(local, key_mask(is_index_global_attn))))
-        everywhere = _heads(module, x, module.query_global, module.key_global, module.value_global)
-        parts.append(_part(module, *everywhere, _for(is_index_global_attn, key_mask(real))))
+        q, k, v = _heads(module, x, module.query_global, module.key_global, module.value_global)
+        parts.append(_part(module, q, k, v, _for(is_index_global_attn, key_mask(real))))
     found = attend_parts(parts, settings, lse=len(parts) > 1)
     if found is None:
         return original()

@@ -79,7 +79,8 @@ def _flag(module: nn.Module) -> Any:
 
 def _is_causal(module: nn.Module) -> Any:
     """True for self-attention in decoders, of which transformers 5.17 says it is not for UMT5."""
-    return True if module.is_decoder and _has_bias(module) and not module.is_causal else KEEP
+    decodes = getattr(module, "is_decoder", False)
+    return True if decodes and _has_bias(module) and not module.is_causal else KEEP
 
 
 for _name in CLASSES:

@@ -382,7 +382,8 @@ ROWS: dict[str, Row] = {
             "code2wav_config": {
                 "num_quantizers": 4,
                 "decoder_dim": 16,
-                "upsample_rates": [2, 2],
+                "upsample_rates": [2],
+                "upsampling_ratios": [2],
                 "sliding_window": 4,
             },
         },
@@ -469,6 +470,7 @@ ROWS: dict[str, Row] = {
                 "input_ids": tokens(8),
                 "input_features": draw(BATCH, 16, 8 * LENGTH),
                 "do_sample": False,
+                "max_new_tokens": 4,
                 "output_logits": True,
                 "return_dict_in_generate": True,
             },
