@@ -52,6 +52,8 @@ ENCODEC = {
     "sampling_rate": 240,
     "target_bandwidths": [2.4],
 }
+# PyTorch warns of an even kernel.
+LASR = {"subsampling_conv_channels": 8, "conv_kernel_size": 5}
 PARAKEET = {"subsampling_conv_channels": 8}
 
 
@@ -372,13 +374,13 @@ ROWS: dict[str, Row] = {
         because="it generates from sound alone, and as a call here",
     ),
     "lasr_ctc": Row(
-        config={"encoder_config": {"subsampling_conv_channels": 8}},
+        config={"encoder_config": LASR},
         inputs=lambda model: {"input_features": draw(BATCH, 64, 16)},
         generates=False,
         because="its generate is one forward, and takes the options of generation for others",
     ),
     "lasr_encoder": Row(
-        config={"subsampling_conv_channels": 8},
+        config=LASR,
         inputs=lambda model: {"input_features": draw(BATCH, 64, 16)},
         calls={
             "forward": lambda model: {
