@@ -159,6 +159,20 @@ SPEAKING = Row(
         }
     },
 )
+TEXT_FIRST = "the class that is found first has no conformers"
+HEARD_BY_CONFORMERS: dict[str, Any] = {
+    "inputs": lambda model: {
+        "input_features": draw(BATCH, FRAMES, 32),
+        "decoder_input_ids": tokens(LENGTH // 2),
+    },
+    "calls": {
+        "forward": lambda model: {
+            "input_features": draw(BATCH, FRAMES, 32),
+            "decoder_input_ids": tokens(LENGTH // 2),
+            "attention_mask": frame_mask(),
+        }
+    },
+}
 FEW_FILTERS = {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]}
 CODEC = Row(
     config={"encoder_hidden_size": 2, "quantization_dim": 64},
@@ -408,6 +422,16 @@ ROWS: dict[str, Row] = {
         config=MOE_TALKER, inputs=lambda model: {"inputs_embeds": draw(BATCH, LENGTH, 32)}
     ),
     "qwen3_omni_moe_thinker": Row(config=MOE_THINKER, calls={"get_audio_features": heard}),
+    "seamless_m4t": Row(
+        model="SeamlessM4TForSpeechToText", **HEARD_BY_CONFORMERS, because=TEXT_FIRST
+    ),
+    "seamless_m4t_v2": Row(
+        model="SeamlessM4Tv2ForSpeechToText",
+        config={"speech_encoder_chunk_size": 16, "speech_encoder_left_chunk_num": 1},
+        **HEARD_BY_CONFORMERS,
+        reference="sdpa",
+        because=f"{TEXT_FIRST}, and eager attention adds their mask of chunks, which is boolean",
+    ),
     "sew": SPEAKING,
     "sew-d": SPEAKING,
     "speech-encoder-decoder": Row(
@@ -496,6 +520,15 @@ ROWS: dict[str, Row] = {
     ),
     "wav2vec2-conformer": SPEAKING,
     "wavlm": SPEAKING,
+    "whisper": Row(
+        model="WhisperForConditionalGeneration",
+        config={"decoder_start_token_id": 1},
+        inputs=lambda model: {
+            "input_features": draw(BATCH, 16, 256),
+            "decoder_input_ids": tokens(LENGTH // 2),
+        },
+        because="the class that is found first is its decoder alone",
+    ),
     "xcodec": Row(
         config={
             "codebook_dim": 64,
