@@ -9,7 +9,14 @@ from pathlib import Path
 
 _INTERFACE = re.compile(r"(?<!MASK)_ATTENTION_FUNCTIONS\b")  # not the registry of mask functions
 # What such names as "AttentionPooling" end with, and "BlockAttentionResidual".
-_NOT_OF_TOKENS = ("Pooler", "Pooling", "AttentionResidual", "GRUCell", "AdditiveAttention")
+_NOT_OF_TOKENS = (
+    "AdditiveAttention",
+    "AttentionMap",
+    "AttentionResidual",
+    "GRUCell",
+    "Pooler",
+    "Pooling",
+)
 _COMMENT = re.compile(r"#.*")
 _SOFTMAX = re.compile(
     r"[sS]oftmax(\.apply)?\(|scaled_dot_product_attention\(|MultiheadAttention\(|"

@@ -1,6 +1,5 @@
 """What all tests share: the rule of tolerance, and memory that shows what nobody wrote."""
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -11,13 +10,6 @@ from torch import Tensor
 # The same examples in every run, and no deadline on machines that do other things beside.
 settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 settings.load_profile("tests")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Processes that test beside each other share the cores: more threads would wait in turn."""
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if workers > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 def _assert_as_exact_as_pytorch(

@@ -5,7 +5,6 @@ from flashpatch_kernels.engines import Reason
 CLAMPED = Reason(
     "CLAMPED", "it cuts its scores off at a least and a largest value before the softmax"
 )
-ADDITIVE = Reason("ADDITIVE", "its scores are a network of query and key, not their product")
 
 LEFT: dict[str, Reason] = {
     "transformers.models.groupvit.modeling_groupvit.GroupViTAssignAttention": Reason(
@@ -16,7 +15,6 @@ LEFT: dict[str, Reason] = {
     ".GroundingDinoBiMultiHeadAttention": CLAMPED,
     "transformers.models.mm_grounding_dino.modeling_mm_grounding_dino"
     ".MMGroundingDinoBiMultiHeadAttention": CLAMPED,
-    "transformers.models.slanext.modeling_slanext.SLANeXtAttentionGRUCell": ADDITIVE,
     "transformers.models.reformer.modeling_reformer.LSHSelfAttention": Reason(
         "HASHED", "its tokens attend within buckets that they are hashed to, not to the text"
     ),

@@ -267,7 +267,7 @@ def largest_distances(ours: Step, theirs: Step) -> tuple[float, float]:
     outputs = max(distance(ours.outputs[n], x, 1e-3) for n, x in theirs.outputs.items())
     # some gradients are zero but for rounding, such as that of the bias of the keys
     sizes = [float(g.abs().max()) for g in theirs.gradients.values()]
-    least = max(sizes, default=0.0) / 100
+    least = max(sizes, default=0.0) / 100 or 1.0
     gradients = (distance(ours.gradients[n], g, least) for n, g in theirs.gradients.items())
     return outputs, max(gradients, default=0.0)
 

@@ -170,7 +170,7 @@ FAMILIES = {
     "modernbert": encoder(
         "ModernBertForMaskedLM", local_attention=6, global_attn_every_n_layers=2, head_dim=None
     ),
-    "mpnet": encoder("MPNetForMaskedLM", relative_attention_num_buckets=8),
+    "mpnet": encoder("MPNetForMaskedLM"),
     "mt5": seq2seq("MT5ForConditionalGeneration", **T5),
     "opt": decoder("OPTForCausalLM", word_embed_proj_dim=32),
     "phi3": decoder("Phi3ForCausalLM", sliding_window=5),

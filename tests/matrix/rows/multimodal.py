@@ -347,6 +347,7 @@ ROWS: dict[str, Row] = {
             "attn_resolutions": (1,),
             "base_channels": 32,
             "channel_multiplier": (1, 2),
+            "hidden_size": 64,
             "num_res_blocks": 1,
         },
         calls={"encoder": lambda model: {"pixel_values": draw(BATCH, 4, 3, 16, 16)}},

@@ -499,7 +499,7 @@ ROWS: dict[str, Row] = {
     "pp_ocrv6_small_rec": Row(
         model="PPOCRV6SmallRecForTextRecognition",
         config={"from_scratch": True},
-        more=lambda model: {"pixel_values": draw(BATCH, 3, 96, 160)},
+        more=lambda model: {"pixel_values": draw(BATCH, 3, 48, 320)},
     ),
     "prompt_depth_anything": Row(
         config={
