@@ -95,7 +95,12 @@ _BUILDERS = re.compile(r"Auto(Model|Backbone)\w*|load_backbone")
 
 def coverage() -> tuple[Architecture, ...]:
     """Every model type of the installed transformers, and how its attention is served."""
-    return tuple(_architecture(name) for name in sorted(CONFIG_MAPPING))
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # default configs complain of themselves
+    try:
+        return tuple(_architecture(name) for name in sorted(CONFIG_MAPPING))
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def as_markdown(architectures: Sequence[Architecture]) -> str:

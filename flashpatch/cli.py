@@ -72,11 +72,8 @@ def models(
     ] = False,
 ) -> None:
     """Lists the architectures of the installed transformers and how each is served."""
-    import transformers
-
     from flashpatch.architectures import as_markdown, coverage
 
-    transformers.logging.set_verbosity_error()  # default configs complain of themselves
     found = [a for a in coverage() if fnmatchcase(a.model_type, pattern)]
     if not found:
         raise typer.BadParameter(f"no model type of transformers matches {pattern!r}")

@@ -12,7 +12,8 @@ from torch.nn import functional
 from flashpatch import dispatch
 from flashpatch.dispatch import Settings
 from flashpatch.masks import pack
-from flashpatch.products import Reading, groups, released, spread
+from flashpatch.products import Reading, released
+from flashpatch.scores import groups, spread
 from flashpatch_kernels.engines import TILED, Reason
 from flashpatch_kernels.masks import key_mask
 
