@@ -10,7 +10,7 @@ needs no replacement of its own, only to be named.
 What a product has become is in `flashpatch.scores`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from types import FunctionType
@@ -204,8 +204,14 @@ class Reading(TorchFunctionMode):
             return first
         return Product(replay, result, is_weights=result.softmax)
 
-    def finish(self, weights: Product, v: Any, replay: Callable[[], Tensor]) -> Tensor:
-        """The product of attention weights and values."""
+    def finish(
+        self,
+        weights: Product,
+        v: Any,
+        replay: Callable[[], Tensor],
+        order: Sequence[int] | None = None,
+    ) -> Tensor:
+        """The product of attention weights and values, its sizes in an order."""
         terms = weights.terms
         if terms is None or not isinstance(v, Tensor):
             raise UnreadableError
@@ -216,6 +222,7 @@ class Reading(TorchFunctionMode):
         if out is None:
             return replay()
         out = out.reshape(*terms.shown, *out.shape[-2:])
+        out = out if order is None else out.permute(*order)
         # an engine's backward needs its output as it was; that of a product does not
         return out.clone() if self.changes_output else out
 
@@ -384,15 +391,12 @@ def _einsum_of_weights(
     readable = len(value) == 1 and sorted(second) == sorted([*shared, inner, *value])
     if not readable or sorted(output) != sorted([*shared, row, *value]):
         return replay()
+    made = [*shared, row, *value]
+    v = v.permute([second.index(x) for x in (*shared, inner, *value)])
     try:
-        v = v.permute([second.index(x) for x in (*shared, inner, *value)])
-        out = reading.finish(weights, v, replay)
+        return reading.finish(weights, v, replay, [made.index(x) for x in output])
     except UnreadableError:
         return replay()
-    made = [*shared, row, *value]
-    # a fallback has computed the equation itself
-    same = reading.refused is not None
-    return out if same else out.permute([made.index(x) for x in output])
 
 
 def _fused(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -256,6 +256,23 @@ def test_a_refused_call_runs_the_same_operations(way, engine):
     assert all(a is b or torch.equal(a, b) for a, b in zip(ours[1], expected[1], strict=True))
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_call_that_no_engine_serves_runs_the_same_operations(way, monkeypatch):
+    """An equation's result was put in order twice where no engine had computed it."""
+    refused, told = Reason("REFUSED", "for the test"), []
+    monkeypatch.setattr(dispatch, "decide", lambda call: refused)
+
+    def run(*given: Tensor) -> Any:
+        with Reading(Settings(on_fallback=told.append)):
+            out = way(*given)
+        return released(out, weights=False)
+
+    expected, ours = step(way), step(run)
+    assert set(told) == {refused}
+    assert torch.equal(ours[0], expected[0])
+    assert all(a is b or torch.equal(a, b) for a, b in zip(ours[1], expected[1], strict=True))
+
+
 # What is done to products and is no attention, or not one that an engine computes.
 
 
