@@ -9,6 +9,9 @@ from flashpatch import architectures
 from flashpatch.architectures import ROUTES, as_markdown, attention_classes, coverage
 from flashpatch.registry import registered
 
+# One process reads the source of all models.
+pytestmark = pytest.mark.xdist_group("architectures")
+
 
 def names(model_type: str) -> set[str]:
     return {cls.__name__ for cls in attention_classes(model_type)}

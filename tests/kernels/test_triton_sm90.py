@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# One process compiles for all tests of this file.
+pytestmark = pytest.mark.xdist_group("sm90")
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
 TESTS = Path(__file__).parent
