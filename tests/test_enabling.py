@@ -31,7 +31,7 @@ from transformers import (
 )
 
 import flashpatch
-from flashpatch import enabling
+from flashpatch import enabling, registry
 from flashpatch.patching import patched_modules
 
 
@@ -331,7 +331,9 @@ def test_patterns_may_match_nothing_in_some_models():
     assert {name.split(".")[0] for name in patched_modules(t5)} == {"encoder"}
 
 
-def test_a_model_with_unknown_attention_is_built_as_ever(told):
+def test_a_model_with_unknown_attention_is_built_as_ever(told, monkeypatch):
+    owner = "transformers.models.mpnet.modeling_mpnet.MPNetSelfAttention"
+    monkeypatch.delitem(registry._PATCHES, owner)
     flashpatch.enable(on_apply=told.append)
     config = MPNetConfig(
         vocab_size=61,
