@@ -22,12 +22,19 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode, handle_torch_function
 from torch.utils._pytree import tree_map
 
-from flashpatch.dispatch import Settings, attend, dropout_seed, fall_back
-from flashpatch.masks import expand, read_once
-from flashpatch.scores import PerQuery, Terms, UnreadableError, unexpanded
+from flashpatch.dispatch import Settings, attend, fall_back
+from flashpatch.masks import expand
+from flashpatch.scores import (
+    PerQuery,
+    Terms,
+    UnreadableError,
+    constant,
+    note_constant,
+    number,
+    unexpanded,
+)
 from flashpatch_kernels.engines import Reason
-from flashpatch_kernels.masks import Band, Mask, intersect
-from flashpatch_kernels.options import Options
+from flashpatch_kernels.masks import Band, intersect
 
 
 class Product:
@@ -176,7 +183,7 @@ class Reading(TorchFunctionMode):
                 args = computed(args)
             result = func(*args, **kwargs)
             if name in CONSTANTS:
-                _note_constant(result, args)
+                _note_made(result, args)
             return result
         return self.follow(name, func, args, kwargs)
 
@@ -259,28 +266,24 @@ _ADDITIONS = frozenset(
 CONSTANTS = ("tensor", "full", "to", "scalar_tensor")
 
 
-def _note_constant(result: Any, args: tuple[Any, ...]) -> None:
+def _note_made(result: Any, args: tuple[Any, ...]) -> None:
     if not isinstance(result, Tensor) or result.ndim != 0:
         return
     given = args[0]
     if isinstance(given, tuple | list | torch.Size) and len(args) > 1:
         given = args[1]
-    value = getattr(given, "_flashpatch_constant", given)
+    value = constant(given)
     if isinstance(value, int | float):
-        result._flashpatch_constant = value  # pyright: ignore[reportAttributeAccessIssue]
+        note_constant(result, value)
 
 
 def know_buffers(module: nn.Module) -> None:
     """Takes note of a module's buffers of one number, which are constants of its class."""
+    if torch.compiler.is_compiling():
+        return
     for buffer in module._buffers.values():
-        if buffer is None or buffer.ndim > 0 or hasattr(buffer, "_flashpatch_constant"):
-            continue
-        if not torch.compiler.is_compiling() and buffer.device.type != "meta":
-            _note_constant(buffer, (buffer.item(),))
-
-
-def _constant(value: Any) -> Any:
-    return getattr(value, "_flashpatch_constant", value)
+        if buffer is not None and buffer.ndim == 0 and buffer.device.type != "meta":
+            number(buffer)
 
 
 def _hides(value: Any) -> bool:
@@ -289,13 +292,13 @@ def _hides(value: Any) -> bool:
     From some 100 below the largest score on, a weight is less than any number of float32, so that
     only where all else is below -9 900 another score than minus infinity would make a difference.
     """
-    value = _constant(value)
+    value = constant(value)
     return isinstance(value, int | float) and value <= -1e4
 
 
 def _is_least(value: Any) -> bool:
     """Whether no score is below this value: the least of a dtype."""
-    value = _constant(value)
+    value = constant(value)
     return isinstance(value, int | float) and value <= torch.finfo(torch.float16).min
 
 
@@ -414,16 +417,11 @@ def _fused(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str,
 
     if reading.refused is not None:
         return fall_back(reading.refused, reading.settings, original)
-    if q.ndim < 3 or q.dtype != k.dtype:
+    if q.ndim < 3 or q.dtype != k.dtype or given.get("enable_gqa"):
         return original()
+    scale = given.get("scale")
     try:
-        group = q.shape[-3] // k.shape[-3] if given.get("enable_gqa") and q.ndim > 3 else 1
-        scale = given.get("scale")
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        lead = tuple(torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])) if group == 1 else None
-        if lead is None:
-            return original() if q.ndim != 4 else _grouped(reading, given, scale, original)
-        terms = replace(Terms.of(q, k).scaled(scale), softmax=False)
+        terms = Terms.of(q, k).scaled(q.shape[-1] ** -0.5 if scale is None else scale)
         if isinstance(mask, Tensor):
             terms = terms.seen_where(mask) if mask.dtype == torch.bool else terms.plus(mask)
         terms = replace(terms, softmax=True, dropout=given.get("dropout_p") or 0.0)
@@ -435,24 +433,6 @@ def _fused(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str,
         options = replace(options, mask=intersect(options.mask, causal, n, m, q.device))
     out = attend(q4, k4, v4, options, reading.settings, original)
     return out if out.ndim != 4 or q.ndim == 4 else out.reshape(*terms.shown, *out.shape[-2:])
-
-
-def _grouped(
-    reading: Reading, given: dict[str, Any], scale: float, original: Callable[[], Tensor]
-) -> Tensor:
-    """The same where several query heads share a key head."""
-    q, k, v, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
-    n, m, dropout = q.shape[2], k.shape[2], given.get("dropout_p") or 0.0
-    read: Mask = Band(right=0) if given.get("is_causal") else Band()
-    bias = None
-    if mask is not None and mask.is_floating_point():
-        bias = mask[(None,) * (4 - mask.ndim)]
-    elif mask is not None:
-        mask = mask if mask.dtype == torch.int32 else mask[(None,) * (4 - mask.ndim)]
-        read = read_once(mask, n, m)
-    seed = dropout_seed(dropout, q.device)
-    options = Options(mask=read, scale=scale, bias=bias, dropout=dropout, seed=seed)
-    return attend(q, k, v, options, reading.settings, original)
 
 
 @cache
@@ -473,7 +453,7 @@ def _again(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     """Whole numbers that are made of the same as before are the same tensor, known as such."""
     if kwargs or not isinstance(args[0], Tensor) or args[0].is_floating_point():
         return NotImplemented
-    rest = tuple(_constant(x) for x in args[1:])
+    rest = tuple(constant(x) for x in args[1:])
     if not all(isinstance(x, int | float | tuple) for x in rest):
         return NotImplemented
     key = (func, id(args[0]), *rest)
@@ -531,11 +511,11 @@ def _minus(reading: Reading, a: Any, b: Any) -> Terms:
 
 def _times(reading: Reading, a: Any, b: Any) -> Terms:
     a, b = (a, b) if isinstance(a, Product) else (b, a)
-    return _of(a).scaled(_constant(b))
+    return _of(a).scaled(constant(b))
 
 
 def _over(reading: Reading, a: Any, b: Any, rounding_mode: Any = None) -> Terms:
-    b = _constant(b)
+    b = constant(b)
     if rounding_mode is not None or isinstance(b, Product) or not isinstance(a, Product):
         raise UnreadableError
     return _of(a).scaled(1 / b)
@@ -619,7 +599,7 @@ def _unsqueeze(reading: Reading, x: Product, dim: int) -> Terms | PerQuery:
 
 def _masked_fill(reading: Reading, x: Product, mask: Any, value: Any) -> Terms:
     terms = _of(x)
-    if terms.softmax and _constant(value) == 0 and any(mask is m for m in terms.hidden):
+    if terms.softmax and constant(value) == 0 and any(mask is m for m in terms.hidden):
         return terms  # their weights are 0
     if not _hides(value) or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise UnreadableError

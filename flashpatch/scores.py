@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from flashpatch.dispatch import dropout_seed
 from flashpatch.masks import read_once
@@ -246,21 +245,35 @@ class Terms:
 
 # So many keys may be dimensions of a product; with more of them it would be larger than the scores.
 FEW_KEYS = 64
-# Tensors of one number -> their version and that number.
-_READ: Any = WeakIdKeyDictionary()
+
+
+def note_constant(x: Tensor, value: float) -> None:
+    """Keeps with a tensor the one number that it holds, until it is changed."""
+    x._flashpatch_constant = _version(x), value  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def constant(x: Any) -> Any:
+    """The number that a tensor is known to hold; anything else as it is."""
+    version, value = getattr(x, "_flashpatch_constant", (None, x))
+    # what is traced has no versions, and its constants are made in the trace
+    known = torch.compiler.is_compiling() or version is None or version == _version(x)
+    return value if known else x
+
+
+def _version(x: Tensor) -> int:
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def number(x: Tensor) -> float:
-    """The value of a constant tensor of one number, read from its device once.
+    """The value of a tensor of one number that is a constant, read from its device once.
 
     What torch.compile traces has no values.
     """
     if x.numel() != 1 or x.requires_grad or torch.compiler.is_compiling():
         raise UnreadableError
-    version = 0 if x.is_inference() else x._version
-    if _READ.get(x, (None,))[0] != version:
-        _READ[x] = version, float(x)
-    return _READ[x][1]
+    if isinstance(constant(x), Tensor):
+        note_constant(x, x.item())
+    return constant(x)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from flashpatch import dispatch
 from flashpatch.dispatch import Settings
 from flashpatch.masks import pack
-from flashpatch.products import Reading, released
+from flashpatch.products import Reading, know_buffers, released
 from flashpatch.scores import groups, spread
 from flashpatch_kernels.engines import TILED, Reason
 from flashpatch_kernels.masks import key_mask
@@ -405,6 +405,24 @@ def test_a_softcap_is_read_again_when_it_changes(engine):
     softcap.fill_(3.0)
     reading(way, *inputs())
     assert [options.softcap for options in engine] == [2.0, 3.0]
+
+
+def test_a_buffer_that_says_what_hides_a_key_is_read_again_when_it_changes(engine):
+    """Its first number was kept: weights loaded later, in place, were not noticed."""
+    module = nn.Module()
+    module.register_buffer("least", torch.tensor(LEAST))
+    first = torch.ones(N, M, dtype=torch.bool).tril(1)
+
+    def way(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return torch.where(first, q @ k.transpose(-1, -2), module.least).softmax(-1) @ v
+
+    know_buffers(module)
+    reading(way, *inputs())
+    assert len(engine) == 1
+    module.least.fill_(0.5)
+    know_buffers(module)
+    assert torch.equal(reading(way, *inputs()), way(*inputs()))
+    assert len(engine) == 1
 
 
 def test_pytorchs_own_module_is_served(engine):

@@ -5,6 +5,7 @@ see `flashpatch.products`. A row is a class, and whether its model's masks may b
 """
 
 import inspect
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -151,31 +152,41 @@ HOLDERS = (
 ASKED = ("output_attentions", "head_mask", "layer_head_mask")
 
 
-Places = tuple[tuple[str, int], ...]
+@dataclass(frozen=True)
+class How:
+    """What reading a class's forward must know of it.
+
+    Attributes:
+        places: Those of `ASKED` among its arguments, and where.
+        holds: Whether the weights are returned as a product, computed only if they are wanted.
+        changes_output: Whether it adds to its output in place.
+    """
+
+    places: tuple[tuple[str, int], ...]
+    holds: bool
+    changes_output: bool
 
 
-def forward(places: Places, holds: bool, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def forward(how: How, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The class's own `forward`, its attention computed by an engine.
 
     Args:
-        places: Those of `ASKED` among its arguments, and where.
-        holds: Whether the weights are returned as a product, computed only if they are wanted.
+        how: Facts about the class.
         module: The attention module.
         args: The class's own.
         kwargs: The class's own.
     """
     settings: Settings = getattr(module, "_flashpatch", DEFAULT)
     cls: Any = type(module)
-    asked = {name: args[at] for name, at in places if at < len(args)}
+    asked = {name: args[at] for name, at in how.places if at < len(args)}
     asked |= {name: kwargs[name] for name in ASKED if name in kwargs}
-    if holds:
+    if how.holds:
         asked.pop("output_attentions", None)
     blocked = why_blocked(module, settings, asked)
     know_buffers(module)
-    changes = f"{cls.__module__}.{cls.__qualname__}".endswith(CHANGE_OUTPUT)
-    with Reading(settings, blocked, changes_output=changes):
+    with Reading(settings, blocked, changes_output=how.changes_output):
         out = cls.forward(module, *args, **kwargs)
-    return out if holds and blocked is None else released(out, weights=blocked is not None)
+    return out if how.holds and blocked is None else released(out, weights=blocked is not None)
 
 
 def hold(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -184,10 +195,10 @@ def hold(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return released(cls.forward(module, *args, **kwargs), weights=True)
 
 
-def _reading(holds: bool, module: nn.Module) -> Any:
+def _reading(name: str, module: nn.Module) -> Any:
     names = list(inspect.signature(type(module).forward).parameters)[1:]
-    places = tuple((name, names.index(name)) for name in ASKED if name in names)
-    return partial(forward, places, holds, module)
+    places = tuple((asked, names.index(asked)) for asked in ASKED if asked in names)
+    return partial(forward, How(places, name in ALWAYS_ASKED, name in CHANGE_OUTPUT), module)
 
 
 def _register(name: str, *, keyed: bool) -> None:
@@ -196,7 +207,7 @@ def _register(name: str, *, keyed: bool) -> None:
         Patch(
             owner,
             keyed=keyed,
-            swaps={"forward": partial(_reading, name in ALWAYS_ASKED)},
+            swaps={"forward": partial(_reading, name)},
             adds_mask=keyed,
             needs_key=False,
         )
