@@ -20,8 +20,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from flashpatch.inspection import own_attention, source_of
-from flashpatch.patches.left import LEFT
-from flashpatch.patching import NO_PATCH, patch_of
+from flashpatch.patching import patch_of, why_left
 
 
 @dataclass(frozen=True)
@@ -140,8 +139,7 @@ def _architecture(model_type: str) -> Architecture:
 def _described(cls: type) -> AttentionClass:
     patch = patch_of(cls)
     if patch is None:
-        reason = LEFT.get(f"{cls.__module__}.{cls.__qualname__}", NO_PATCH)
-        return AttentionClass(cls.__name__, "left", reason.text)
+        return AttentionClass(cls.__name__, "left", why_left(cls).text)
     return AttentionClass(cls.__name__, "method" if "forward" in patch.swaps else "interface")
 
 

@@ -19,7 +19,8 @@ from flashpatch.dispatch import OnFallback, Settings, log_once
 from flashpatch.inspection import calls_interface, own_attention
 from flashpatch.packing import unwatch, watch
 from flashpatch.patches.interface import KEY, KEYS, MASKED_KEY
-from flashpatch.registry import KEEP, Patch, find
+from flashpatch.patches.left import LEFT
+from flashpatch.registry import KEEP, Patch, find, full_name
 from flashpatch.report import Report, Row, describe
 from flashpatch_kernels.engines import Reason
 
@@ -395,11 +396,16 @@ def _report(
         rows.append(Row(f.name, type(f.module).__name__, outcome))
     for name, module in model.named_modules():
         if patch_of(type(module)) is None and own_attention(type(module)):
-            rows.append(Row(name, type(module).__name__, NO_PATCH))
+            rows.append(Row(name, type(module).__name__, why_left(type(module))))
     return Report.of(rows)
 
 
 NO_PATCH = Reason("NO_PATCH", "no patch for this class")
+
+
+def why_left(cls: type) -> Reason:
+    """Why an attention class without a patch has none."""
+    return LEFT.get(full_name(cls), NO_PATCH)
 
 
 def report_of(model: nn.Module) -> Report:

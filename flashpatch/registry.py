@@ -66,9 +66,14 @@ def register(patch: Patch) -> Patch:
     return patch
 
 
+def full_name(cls: type) -> str:
+    """The name by which classes are registered, `module.Class`."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def find(cls: type) -> Patch | None:
     """The patch for exactly this class, if there is one."""
-    return _PATCHES.get(f"{cls.__module__}.{cls.__qualname__}")
+    return _PATCHES.get(full_name(cls))
 
 
 def registered() -> tuple[Patch, ...]:

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 import transformers
+from matrix import models
+from matrix.table import ROWS
 
+import flashpatch
 from flashpatch import architectures
 from flashpatch.architectures import ROUTES, as_markdown, attention_classes, coverage
 from flashpatch.registry import registered
@@ -59,6 +62,14 @@ def test_a_class_that_nobody_has_named_is_told_as_left(monkeypatch):
     monkeypatch.setattr(architectures, "patch_of", lambda cls: None)
     described = architectures._described(next(iter(attention_classes("llama"))))
     assert (described.route, described.reason) == ("left", "no patch for this class")
+
+
+def test_a_report_gives_the_reason_that_the_list_gives():
+    """It said that there was no patch, of a class that is left on purpose."""
+    report = flashpatch.apply(models.build("reformer", ROWS["reformer"]))
+    (hashed,) = (reason for reason in report.reasons if reason.name == "HASHED")
+    (reformer,) = (a for a in coverage() if a.model_type == "reformer")
+    assert [c.reason for c in reformer.attention if c.reason] == [hashed.text]
 
 
 def test_the_document_has_a_row_for_each_type_with_attention():
