@@ -1,11 +1,15 @@
 """What all tests share: the rule of tolerance, and memory that shows what nobody wrote."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
+
+from flashpatch import dispatch
+from flashpatch_kernels.engines import TILED
 
 # The same examples in every run, and no deadline on machines that do other things beside.
 settings.register_profile("tests", derandomize=True, deadline=None, database=None)
@@ -45,6 +49,30 @@ def _assert_as_exact_as_pytorch(
 @pytest.fixture(scope="session")
 def assert_as_exact_as_pytorch() -> Callable[..., None]:
     return _assert_as_exact_as_pytorch
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tensors this small are computed faster by one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiled_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The options of the calls that an engine serves, all of which the tiled one gets."""
+    calls: list[Any] = []
+    run = dispatch.run
+
+    def counted(q: Any, k: Any, v: Any, options: Any, name: str) -> Any:
+        calls.append(options)
+        return run(q, k, v, options, name)
+
+    monkeypatch.setattr(dispatch, "run", counted)
+    monkeypatch.setattr(dispatch, "choose", lambda call: TILED)
+    return calls
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from flashpatch.dispatch import Settings
 from flashpatch.masks import pack
 from flashpatch.products import Reading, know_buffers, released
 from flashpatch.scores import groups, spread
-from flashpatch_kernels.engines import TILED, Reason
+from flashpatch_kernels.engines import Reason
 from flashpatch_kernels.masks import key_mask
 
 B, H, N, M, D = 2, 3, 7, 9, 8
@@ -28,21 +28,6 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 def forbid(reason: Reason) -> None:
     raise AssertionError(f"fell back: {reason}")
-
-
-@pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The options of the calls that the tiled engine served."""
-    calls: list[Any] = []
-    run = dispatch.run
-
-    def counted(q: Any, k: Any, v: Any, options: Any, name: str) -> Any:
-        calls.append(options)
-        return run(q, k, v, options, name)
-
-    monkeypatch.setattr(dispatch, "run", counted)
-    monkeypatch.setattr(dispatch, "choose", lambda call: TILED)
-    return calls
 
 
 def reading(function: Callable[..., Any], *args: Any, refused: Reason | None = None) -> Any:
@@ -232,15 +217,15 @@ def step(function: Callable[..., Any], *args: Any) -> tuple[Tensor, list[Tensor 
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_it_is_served_with_the_same_results_and_gradients(way, engine):
+def test_it_is_served_with_the_same_results_and_gradients(way, tiled_calls):
     expected = step(way)
     ours = step(reading, way)
-    assert len(engine) == 1
+    assert len(tiled_calls) == 1
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_refused_call_runs_the_same_operations(way, engine):
+def test_a_refused_call_runs_the_same_operations(way, tiled_calls):
     told = []
     refused = Reason("REFUSED", "for the test")
 
@@ -251,7 +236,7 @@ def test_a_refused_call_runs_the_same_operations(way, engine):
 
     expected, ours = step(way), step(run)
     assert told == [refused]
-    assert not engine
+    assert not tiled_calls
     assert torch.equal(ours[0], expected[0])
     assert all(a is b or torch.equal(a, b) for a, b in zip(ours[1], expected[1], strict=True))
 
@@ -331,18 +316,18 @@ def of_no_values(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         less_another_logarithm,
     ],
 )
-def test_what_is_no_attention_is_computed_as_written(way, engine):
+def test_what_is_no_attention_is_computed_as_written(way, tiled_calls):
     expected, ours = step(way), step(reading, way)
     assert torch.equal(ours[0], expected[0])
     assert all(a is b or torch.equal(a, b) for a, b in zip(ours[1], expected[1], strict=True))
 
 
-def test_scores_that_are_returned_are_computed(engine):
+def test_scores_that_are_returned_are_computed(tiled_calls):
     assert torch.equal(reading(of_no_values, *inputs()), of_no_values(*inputs()))
-    assert not engine
+    assert not tiled_calls
 
 
-def test_weights_beside_the_output_are_not_computed(engine):
+def test_weights_beside_the_output_are_not_computed(tiled_calls):
     def way(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weights = (q @ k.transpose(-1, -2)).softmax(-1)
         return weights @ v, weights, weights.mean(1)
@@ -353,7 +338,7 @@ def test_weights_beside_the_output_are_not_computed(engine):
     assert mean is None
 
 
-def test_a_compact_mask_that_is_added_hides_its_keys(engine):
+def test_a_compact_mask_that_is_added_hides_its_keys(tiled_calls):
     visible = torch.ones(B, M, dtype=torch.bool)
     visible[1, -4:] = False
     compact = pack(key_mask(visible))
@@ -364,12 +349,12 @@ def test_a_compact_mask_that_is_added_hides_its_keys(engine):
     q, k, v, _ = inputs()
     expected = way(q, k, v, hidden_keys())
     torch.testing.assert_close(reading(way, q, k, v, compact), expected)
-    assert engine[0].bias is None
+    assert tiled_calls[0].bias is None
     refused = reading(way, q, k, v, compact, refused=Reason("REFUSED", "for the test"))
     torch.testing.assert_close(refused, expected)
 
 
-def test_a_change_in_place_is_a_change_of_what_is_read(engine):
+def test_a_change_in_place_is_a_change_of_what_is_read(tiled_calls):
     def way(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         scores = q @ k.transpose(-1, -2)
         same = scores
@@ -378,10 +363,10 @@ def test_a_change_in_place_is_a_change_of_what_is_read(engine):
 
     expected = step(way)
     torch.testing.assert_close(step(reading, way), expected)
-    assert len(engine) == 1
+    assert len(tiled_calls) == 1
 
 
-def test_dropout_is_drawn_by_the_engine_and_follows_the_seed(engine):
+def test_dropout_is_drawn_by_the_engine_and_follows_the_seed(tiled_calls):
     def way(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         weights = functional.dropout((q @ k.transpose(-1, -2)).softmax(-1), p=0.5, training=True)
         return weights @ v
@@ -390,12 +375,12 @@ def test_dropout_is_drawn_by_the_engine_and_follows_the_seed(engine):
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         outs.append(reading(way, *inputs()))
-    assert engine[0].dropout == 0.5
+    assert tiled_calls[0].dropout == 0.5
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
 
 
-def test_a_softcap_is_read_again_when_it_changes(engine):
+def test_a_softcap_is_read_again_when_it_changes(tiled_calls):
     softcap = torch.tensor(2.0)
 
     def way(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -404,10 +389,10 @@ def test_a_softcap_is_read_again_when_it_changes(engine):
     reading(way, *inputs())
     softcap.fill_(3.0)
     reading(way, *inputs())
-    assert [options.softcap for options in engine] == [2.0, 3.0]
+    assert [options.softcap for options in tiled_calls] == [2.0, 3.0]
 
 
-def test_a_buffer_that_says_what_hides_a_key_is_read_again_when_it_changes(engine):
+def test_a_buffer_that_says_what_hides_a_key_is_read_again_when_it_changes(tiled_calls):
     """Its first number was kept: weights loaded later, in place, were not noticed."""
     module = nn.Module()
     module.register_buffer("least", torch.tensor(LEAST))
@@ -418,14 +403,14 @@ def test_a_buffer_that_says_what_hides_a_key_is_read_again_when_it_changes(engin
 
     know_buffers(module)
     reading(way, *inputs())
-    assert len(engine) == 1
+    assert len(tiled_calls) == 1
     module.least.fill_(0.5)
     know_buffers(module)
     assert torch.equal(reading(way, *inputs()), way(*inputs()))
-    assert len(engine) == 1
+    assert len(tiled_calls) == 1
 
 
-def test_pytorchs_own_module_is_served(engine):
+def test_pytorchs_own_module_is_served(tiled_calls):
     torch.manual_seed(0)
     module = nn.MultiheadAttention(24, 3, batch_first=True).eval()
     x = numbers(B, N, 24)
@@ -433,12 +418,12 @@ def test_pytorchs_own_module_is_served(engine):
     hidden[1, -3:] = True
     expected = module(x, x, x, key_padding_mask=hidden)[0]
     out, weights = reading(lambda: module(x, x, x, key_padding_mask=hidden))
-    assert len(engine) == 1
+    assert len(tiled_calls) == 1
     assert weights is None
     torch.testing.assert_close(out, expected)
 
 
-def test_products_under_autocast_have_its_dtype(engine):
+def test_products_under_autocast_have_its_dtype(tiled_calls):
     q, k, v, bias = inputs()
     with torch.autocast("cpu", torch.bfloat16):
         expected = plainly(q, k, v, bias)
@@ -447,7 +432,7 @@ def test_products_under_autocast_have_its_dtype(engine):
     torch.testing.assert_close(out, expected.bfloat16(), rtol=2e-2, atol=2e-2)
 
 
-def test_it_compiles_without_a_graph_break(engine):
+def test_it_compiles_without_a_graph_break(tiled_calls):
     q, k, v, bias = inputs()
     expected = with_heads_in_the_batch(q, k, v, bias)
 
@@ -536,10 +521,10 @@ def with_a_mask_expanded_to_the_scores(q: Tensor, k: Tensor, v: Tensor, bias: Te
         with_a_mask_expanded_to_the_scores,
     ],
 )
-def test_scores_are_followed_where_their_shape_is_used_or_split(way, engine):
+def test_scores_are_followed_where_their_shape_is_used_or_split(way, tiled_calls):
     expected = step(way)
     ours = step(reading, way)
-    assert len(engine) == 1
+    assert len(tiled_calls) == 1
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -548,29 +533,29 @@ def over_widths(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return scores.softmax(dim=-1).view(B, H, N, M) @ v
 
 
-def test_a_softmax_over_widths_alone_is_no_attention(engine):
+def test_a_softmax_over_widths_alone_is_no_attention(tiled_calls):
     def way(*given: Tensor) -> Any:
         with Reading(Settings()):
             out = over_widths(*given)
         return released(out, weights=True)
 
     expected, ours = step(over_widths), step(way)
-    assert not engine
+    assert not tiled_calls
     torch.testing.assert_close(ours, expected)
 
 
-def test_an_einsum_may_be_given_its_tensors_in_a_list(engine):
+def test_an_einsum_may_be_given_its_tensors_in_a_list(tiled_calls):
     def way(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         scores = torch.einsum("bhlk,bhtk->bhlt", [q, k])
         return torch.einsum("bhlt,bhtv->bhlv", [scores.softmax(-1), v])
 
     expected = step(way)
     ours = step(reading, way)
-    assert len(engine) == 1
+    assert len(tiled_calls) == 1
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_only_a_tensor_knows_of_scores_can_be_asked_while_they_are_read(engine):
+def test_what_only_a_tensor_knows_of_scores_can_be_asked_while_they_are_read(tiled_calls):
     q, k, _, _ = inputs()
     with Reading(Settings()):
         # the scores were computed within the reading, which made a product of them, without end

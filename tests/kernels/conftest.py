@@ -1,6 +1,6 @@
 """What the kernels' tests share: random calls, and plain PyTorch's answer to them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -246,12 +246,8 @@ def _by_pair(relative: Relative, q: Tensor, m: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small are computed faster by one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def small_tensors(one_thread: None) -> None:
+    """All calls here are."""
 
 
 @pytest.fixture(scope="session")

@@ -182,7 +182,6 @@ def step(model: Any, call: Call) -> Step:
     training = model.training
     model.train()
     model.train(training)
-    torch.manual_seed(0)  # of a model that draws noise
     outputs = dict(tensors_of(call.run(model)))
     mask = call.arguments.get("attention_mask")
     if mask is not None and mask.ndim == 2:

@@ -17,6 +17,8 @@ import flashpatch
 from flashpatch.architectures import attention_classes
 from flashpatch.patches.left import LEFT
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Relative to the largest number of a tensor.
 OUTPUTS, GRADIENTS = 2e-5, 1e-4
 

@@ -5,6 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    CodeGenConfig,
+    CodeGenForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    MPNetConfig,
+    MPNetForMaskedLM,
+)
 
 from flashpatch import dispatch
 from flashpatch_kernels.engines import TILED
@@ -24,6 +36,62 @@ def _assert_same_step(ours: Any, theirs: Any) -> None:
 @pytest.fixture(scope="session")
 def assert_same_step() -> Callable[[Any, Any], None]:
     return _assert_same_step
+
+
+# Models without dropout, of two layers each: name -> model class, config class, sizes.
+TINY: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "bloom": (BloomForCausalLM, BloomConfig, {"hidden_size": 36, "n_head": 3, "n_layer": 2}),
+    "codegen": (
+        CodeGenForCausalLM,
+        CodeGenConfig,
+        {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4, "n_positions": 64},
+    ),
+    "gpt_neo": (
+        GPTNeoForCausalLM,
+        GPTNeoConfig,
+        {
+            "attention_types": [[["global", "local"], 1]],
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "hidden_size": 32,
+            "max_position_embeddings": 64,
+            "num_heads": 2,
+            "num_layers": 2,
+            "window_size": 5,
+        },
+    ),
+    "gptj": (
+        GPTJForCausalLM,
+        GPTJConfig,
+        {"n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 64, "rotary_dim": 8},
+    ),
+    "mpnet": (
+        MPNetForMaskedLM,
+        MPNetConfig,
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 2,
+        },
+    ),
+}
+
+
+def _tiny(name: str, **overrides: Any) -> Any:
+    """A model of `TINY` with random weights, in evaluation mode."""
+    cls, config, sizes = TINY[name]
+    torch.manual_seed(0)
+    model = cls(config(vocab_size=51, **{**sizes, **overrides})).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Any]:
+    return _tiny
 
 
 @pytest.fixture

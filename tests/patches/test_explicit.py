@@ -1,146 +1,38 @@
 """Classes that write attention out: what is particular to a forward that is read."""
 
-import pickle
-from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
-    CodeGenConfig,
-    CodeGenForCausalLM,
     DabDetrConfig,
     DabDetrModel,
     LayoutLMv2Config,
-    MPNetConfig,
-    MPNetForMaskedLM,
     ResNetConfig,
 )
 from transformers.models.layoutlmv2.modeling_layoutlmv2 import LayoutLMv2Encoder
 
 import flashpatch
-from flashpatch import dispatch
-from flashpatch_kernels.engines import TILED
+
+pytestmark = pytest.mark.usefixtures("tiled_calls")
 
 TOKENS = torch.randint(4, 51, (2, 17), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(TOKENS)
 MASK[1, -5:] = 0
 
 
-def codegen() -> Any:
-    sizes = {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4, "n_positions": 64}
-    quiet = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    torch.manual_seed(0)
-    return CodeGenForCausalLM(CodeGenConfig(vocab_size=51, **sizes, **quiet)).eval()
-
-
-def mpnet() -> Any:
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
-    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    torch.manual_seed(0)
-    return MPNetForMaskedLM(
-        MPNetConfig(vocab_size=51, intermediate_size=48, **sizes, **quiet)
-    ).eval()
-
-
-BUILDERS = [codegen, mpnet]
+NAMES = ["codegen", "mpnet"]
 
 
 def forbid(reason: Any) -> None:
     raise AssertionError(f"fell back: {reason}")
 
 
-@pytest.fixture(autouse=True)
-def engine(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The calls of the tiled engine, which gets all of them."""
-    calls: list[str] = []
-    run = dispatch.run
-
-    def counted(q: Any, k: Any, v: Any, options: Any, name: str) -> Any:
-        calls.append(name)
-        return run(q, k, v, options, name)
-
-    monkeypatch.setattr(dispatch, "run", counted)
-    monkeypatch.setattr(dispatch, "choose", lambda call: TILED)
-    return calls
-
-
-def step(model: Any, run: Any = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    model.zero_grad()
-    inputs = {"input_ids": TOKENS, "attention_mask": MASK, "labels": TOKENS}
-    loss = (model if run is None else run)(**inputs).loss
-    loss.backward()
-    return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(reentrant, engine):
-    model = codegen().train()
-    expected = step(model)
-    flashpatch.apply(model, on_fallback=forbid)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    torch.testing.assert_close(step(model), expected)
-    assert len(engine) == 4  # two layers, and each once more in the backward pass
-
-
-@pytest.mark.parametrize("build", BUILDERS)
-def test_compiles_without_a_graph_break(build, engine):
-    model = build()
-    expected = step(model)
-    flashpatch.apply(model, on_fallback=forbid)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(step(model, compiled), expected)
-
-
-@pytest.mark.parametrize("copied", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-@pytest.mark.parametrize("build", BUILDERS)
-def test_a_copy_of_a_patched_model_uses_its_own_weights(build, copied):
-    model = build()
-    flashpatch.apply(model, on_fallback=forbid)
-    other = copied(model)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.mul_(1.5)
-    patched = other(TOKENS).logits
-    flashpatch.revert(other)
-    torch.testing.assert_close(patched, other(TOKENS).logits)
-
-
-@pytest.mark.parametrize("hooked_first", [True, False])
-@pytest.mark.parametrize("build", BUILDERS)
-def test_hooks_of_accelerate_compose_in_both_orders(build, hooked_first):
-    calls = []
-
-    class Counting(ModelHook):
-        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-            calls.append(module)
-            return args, kwargs
-
-    model = build()
-    expected = model(TOKENS).logits
-    if not hooked_first:
-        flashpatch.apply(model, on_fallback=forbid)
-    names = ("CodeGenAttention", "MPNetSelfAttention")
-    attention = [m for m in model.modules() if type(m).__name__ in names]
-    for module in attention:
-        add_hook_to_module(module, Counting())
-    if hooked_first:
-        flashpatch.apply(model, on_fallback=forbid)
-    torch.testing.assert_close(model(TOKENS).logits, expected)
-    assert calls == attention
-    flashpatch.revert(model)
-    torch.testing.assert_close(model(TOKENS).logits, expected)
-    for module in attention:
-        remove_hook_from_module(module)
-    torch.testing.assert_close(model(TOKENS).logits, expected)
-
-
-@pytest.mark.parametrize("build", BUILDERS)
-def test_a_model_saved_while_patched_loads_as_an_ordinary_one(build, tmp_path):
-    model = build()
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_saved_while_patched_loads_as_an_ordinary_one(tiny, name, tmp_path):
+    model = tiny(name)
     expected = model.base_model(TOKENS).last_hidden_state
     flashpatch.apply(model, on_fallback=forbid)
     model.save_pretrained(tmp_path)
@@ -149,9 +41,9 @@ def test_a_model_saved_while_patched_loads_as_an_ordinary_one(build, tmp_path):
     torch.testing.assert_close(loaded(TOKENS).last_hidden_state, expected)
 
 
-@pytest.mark.parametrize("build", BUILDERS)
-def test_an_implementation_set_while_patched_leaves_the_results(build):
-    model = build()
+@pytest.mark.parametrize("name", NAMES)
+def test_an_implementation_set_while_patched_leaves_the_results(tiny, name):
+    model = tiny(name)
     expected = model(TOKENS, attention_mask=MASK).logits
     flashpatch.apply(model, on_fallback=forbid)
     model.set_attn_implementation("eager")
@@ -160,17 +52,17 @@ def test_an_implementation_set_while_patched_leaves_the_results(build):
     assert torch.equal(model(TOKENS, attention_mask=MASK).logits, expected)
 
 
-def test_a_causal_model_without_a_mask_stays_causal(engine):
+def test_a_causal_model_without_a_mask_stays_causal(tiny):
     """Its class adds the mask it is given: none would let tokens see those after them."""
-    model = codegen()
+    model = tiny("codegen")
     flashpatch.apply(model, on_fallback=forbid)
     longer = model(TOKENS[:1]).logits
     shorter = model(TOKENS[:1, :9]).logits
     torch.testing.assert_close(longer[:, :9], shorter)
 
 
-def test_dropout_of_an_attention_module_is_the_engines(engine):
-    model = mpnet().train()
+def test_dropout_of_an_attention_module_is_the_engines(tiny):
+    model = tiny("mpnet").train()
     for module in model.modules():
         if type(module).__name__ == "MPNetSelfAttention":
             module.dropout.p = 0.5
@@ -242,7 +134,7 @@ def dab_detr() -> Any:
 LAYERS = {"layers": 2, "ffn_dim": 48}
 
 
-def test_weights_that_a_layer_always_asks_for_are_computed_for_who_wants_them(engine):
+def test_weights_that_a_layer_always_asks_for_are_computed_for_who_wants_them(tiled_calls):
     model = dab_detr()
     images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
     expected = model(images, output_attentions=True)
@@ -250,11 +142,11 @@ def test_weights_that_a_layer_always_asks_for_are_computed_for_who_wants_them(en
     flashpatch.apply(model, on_fallback=reasons.append)
     ours = model(images)
     # two layers of the encoder, and two with two attentions of the decoder
-    assert len(engine) == 6
+    assert len(tiled_calls) == 6
     assert not reasons
     torch.testing.assert_close(ours.last_hidden_state, expected.last_hidden_state)
     ours = model(images, output_attentions=True)
-    assert len(engine) == 10  # the decoder's are served nevertheless
+    assert len(tiled_calls) == 10  # the decoder's are served nevertheless
     assert {reason.name for reason in reasons} == {"OUTPUT_ATTENTIONS"}
     torch.testing.assert_close(ours.decoder_attentions, expected.decoder_attentions)
     torch.testing.assert_close(ours.cross_attentions, expected.cross_attentions)
