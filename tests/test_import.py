@@ -34,10 +34,12 @@ def in_fresh_python(code: str, cwd: Path | None = None) -> str:
     return done.stdout.strip()
 
 
-def test_importing_costs_little_beside_torch_and_transformers():
+def test_importing_costs_little_beside_torch_and_transformers(tmp_path):
+    # Compiled once, as for everybody, also where the environment forbids to keep what was compiled.
     timed = f"""
-import json, time
+import json, sys, time
 import torch, transformers, transformers.modeling_utils, transformers.masking_utils
+sys.dont_write_bytecode, sys.pycache_prefix = False, {str(tmp_path)!r}
 times = [time.process_time()]
 for code in {[*BUDGET_MS]}:
     exec(code)
@@ -64,8 +66,8 @@ print(json.dumps([n for n in ("torch", "transformers", "triton") if n in sys.mod
 
 
 def test_importing_activates_nothing():
-    """Neither the import nor reading every name changes transformers, beyond the two registered
-    functions under the key that no model has."""
+    """Neither the import nor reading every name changes transformers, beyond the functions that are
+    registered under keys that no model has."""
     code = f"""
 import transformers, transformers.modeling_utils as m
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
@@ -78,7 +80,8 @@ before = state()
 {ALL_NAMES}
 after = state()
 for there in after[:2]:
-    there.pop("fpatch", None)
+    for key in ("fpatch", "fpatch_masked"):
+        del there[key]
 print(before == after)
 """
     assert in_fresh_python(code) == "True"
