@@ -25,6 +25,9 @@ OUTPUT_ATTENTIONS = Reason(
     "OUTPUT_ATTENTIONS", "attention weights were asked for, which only the original computes"
 )
 HEAD_MASK = Reason("HEAD_MASK", "a head mask was passed, which only the original applies")
+UNREAD = Reason(
+    "UNREAD", "nothing that its class computed could be read as attention; it ran as written"
+)
 
 
 def unknown_argument(name: str) -> Reason:

@@ -54,7 +54,7 @@ COMPUTE_WITH_MASKS: dict[str, Callable[..., Tensor | None]] = {
     "axk2": masking_utils.sdpa_mask,
     "deepseek_v32": masking_utils.sdpa_mask,
     "deepseek_v4": masking_utils.eager_mask,
-    "doge": masking_utils.sdpa_mask,
+    "doge": masking_utils.eager_mask,
     "dots3_note_text": masking_utils.sdpa_mask,
     "glm_moe_dsa": masking_utils.sdpa_mask,
     "hy_v4": masking_utils.sdpa_mask,

@@ -151,6 +151,9 @@ class Reading(TorchFunctionMode):
         settings: The module's.
         refused: The reason for which all is computed as the class would.
         changes_output: Whether the class changes the output in place.
+
+    Attributes:
+        decided: Whether attention was found, which an engine serves or a reason was told for.
     """
 
     def __init__(
@@ -160,6 +163,7 @@ class Reading(TorchFunctionMode):
         self.settings = settings
         self.refused = refused
         self.changes_output = changes_output
+        self.decided = False
         self.made: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
 
     def __torch_function__(
@@ -223,8 +227,9 @@ class Reading(TorchFunctionMode):
         if terms is None or not isinstance(v, Tensor):
             raise UnreadableError
         if self.refused is not None:
-            return fall_back(self.refused, self.settings, replay)
+            return self.refuse(self.refused, replay)
         q, k, v4, options = terms.call(v)
+        self.decided = True
         out = attend(q, k, v4, options, self.settings, lambda: None)
         if out is None:
             return replay()
@@ -232,6 +237,11 @@ class Reading(TorchFunctionMode):
         out = out if order is None else out.permute(*order)
         # an engine's backward needs its output as it was; that of a product does not
         return out.clone() if self.changes_output else out
+
+    def refuse(self, reason: Reason, original: Callable[[], Any]) -> Any:
+        """What the class itself computes, the reason told."""
+        self.decided = True
+        return fall_back(reason, self.settings, original)
 
 
 def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
@@ -416,7 +426,7 @@ def _fused(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str,
         return func(**{**given, "attn_mask": dense})
 
     if reading.refused is not None:
-        return fall_back(reading.refused, reading.settings, original)
+        return reading.refuse(reading.refused, original)
     if q.ndim < 3 or q.dtype != k.dtype or given.get("enable_gqa"):
         return original()
     scale = given.get("scale")
@@ -431,6 +441,7 @@ def _fused(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     if given.get("is_causal"):
         causal = Band(right=0)
         options = replace(options, mask=intersect(options.mask, causal, n, m, q.device))
+    reading.decided = True
     out = attend(q4, k4, v4, options, reading.settings, original)
     return out if out.ndim != 4 or q.ndim == 4 else out.reshape(*terms.shown, *out.shape[-2:])
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from flashpatch.dispatch import DEFAULT, Settings
+from flashpatch.dispatch import DEFAULT, UNREAD, Settings, fall_back
 from flashpatch.patches.interface import why_blocked
 from flashpatch.products import Reading, know_buffers, released
 from flashpatch.registry import Patch, register
@@ -184,8 +184,11 @@ def forward(how: How, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         asked.pop("output_attentions", None)
     blocked = why_blocked(module, settings, asked)
     know_buffers(module)
-    with Reading(settings, blocked, changes_output=how.changes_output):
+    reading = Reading(settings, blocked, changes_output=how.changes_output)
+    with reading:
         out = cls.forward(module, *args, **kwargs)
+    if not reading.decided:
+        fall_back(blocked or UNREAD, settings, lambda: None)
     return out if how.holds and blocked is None else released(out, weights=blocked is not None)
 
 

@@ -22,7 +22,6 @@ TOKENS = torch.randint(4, 51, (2, 17), generator=torch.Generator().manual_seed(1
 MASK = torch.ones_like(TOKENS)
 MASK[1, -5:] = 0
 
-
 NAMES = ["codegen", "mpnet"]
 
 
@@ -150,3 +149,22 @@ def test_weights_that_a_layer_always_asks_for_are_computed_for_who_wants_them(ti
     assert {reason.name for reason in reasons} == {"OUTPUT_ATTENTIONS"}
     torch.testing.assert_close(ours.decoder_attentions, expected.decoder_attentions)
     torch.testing.assert_close(ours.cross_attentions, expected.cross_attentions)
+
+
+class Sharpened(nn.Module):
+    """What somebody might put in the place of an attention's dropout."""
+
+    def forward(self, weights: Tensor) -> Tensor:
+        return weights.sqrt().softmax(dim=-1)
+
+
+def test_a_call_of_which_nothing_can_be_read_says_so_and_runs_as_written(tiny, tiled_calls):
+    model = tiny("mpnet")
+    model.mpnet.encoder.layer[1].attention.attn.dropout = Sharpened()
+    expected = model.base_model(TOKENS, attention_mask=MASK).last_hidden_state
+    reasons = []
+    flashpatch.apply(model, on_fallback=reasons.append)
+    ours = model.base_model(TOKENS, attention_mask=MASK).last_hidden_state
+    assert [reason.name for reason in reasons] == ["UNREAD"]
+    assert len(tiled_calls) == 1
+    torch.testing.assert_close(ours, expected)

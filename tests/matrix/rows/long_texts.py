@@ -5,8 +5,6 @@ from dataclasses import fields
 import torch
 from matrix.inputs import BATCH, LENGTH, draw, token_mask, tokens
 from matrix.row import Row
-from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2AtomInputs
-from transformers.models.esmfold2.protein_utils import prepare_protein_features
 
 
 def some_global(model):
@@ -25,6 +23,10 @@ def evolla(model):
 
 def protein(model):
     """A sequence of residues, and the atoms of each."""
+    # not in every transformers that is supported
+    from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2AtomInputs
+    from transformers.models.esmfold2.protein_utils import prepare_protein_features
+
     features = prepare_protein_features("MKTAYIA")
     del features["distogram_atom_idx"]
     names = [field.name for field in fields(EsmFold2AtomInputs)]
