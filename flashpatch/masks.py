@@ -51,12 +51,12 @@ NUMBER_BLOCKS_IN_RUNS = frozenset(
 # the function of transformers that makes what they expect: booleans, or numbers to add where the
 # model knows eager attention alone.
 COMPUTE_WITH_MASKS: dict[str, Callable[..., Tensor | None]] = {
-    "axk2": masking_utils.sdpa_mask,
-    "deepseek_v32": masking_utils.sdpa_mask,
+    "axk2": masking_utils.eager_mask,
+    "deepseek_v32": masking_utils.eager_mask,
     "deepseek_v4": masking_utils.eager_mask,
     "doge": masking_utils.eager_mask,
     "dots3_note_text": masking_utils.sdpa_mask,
-    "glm_moe_dsa": masking_utils.sdpa_mask,
+    "glm_moe_dsa": masking_utils.eager_mask,
     "hy_v4": masking_utils.sdpa_mask,
     "informer": masking_utils.eager_mask,
     "lasr_encoder": masking_utils.sdpa_mask,

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 # (the end of a name, the largest value); the first that matches holds.
 SIZES = tuple(
@@ -32,13 +32,14 @@ SIZES = tuple(
         ("position_embeddings|n_positions|max_seq_len|n_ctx|max_seq_length", 128),
         ("source_positions|target_positions|context_length|max_sequence_length", 128),
         ("num_mel_bins|n_mels|feature_size", 16),
+        ("sliding_window|sliding_window_size|local_attention|attention_chunk_size", 5),
     )
 )
 # Names that end like a size and are none.
 NO_SIZE = re.compile(
     r"(vision|text|audio)_feature_layer|select_layer|adapter_kernel_size|first_k_.*|.*conv_dim|"
     r".*num_hidden_groups|insert_layer_id|.*out_layer|num_feat_extract_layers|"
-    r".*_(start|end)_layer|.*layer_interval|.*_every_n_layers?"
+    r".*_(start|end)_layer|.*layer_interval|.*_every_n_layers?|merged_hidden_size"
 )
 TOKEN = re.compile(r"(.*_)?(pad|bos|eos|sep|cls|unk|mask|start|end)_token_id\Z")
 TOKENS = {"pad": 0, "bos": 1, "eos": 2, "sep": 2, "cls": 1, "unk": 3, "start": 1, "end": 2}
@@ -87,12 +88,9 @@ def small_values(config: PreTrainedConfig) -> dict[str, Any]:
     values: dict[str, Any] = {}
     # of layers that differ the defaults' sizes are read, whatever single layers say
     config.allow_global_per_layer_attribute_access = True
-    declared = type(config).sub_configs
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            values[name] = small_values(value)
-            if declared.get(name) in (None, AutoConfig):
-                values[name]["model_type"] = value.model_type
+            values[name] = {"model_type": value.model_type, **small_values(value)}
         elif not name.startswith("_"):
             numbers = isinstance(value, list | tuple) and all(type(x) is int for x in value)
             smaller = small_list(name, list(value)) if numbers else small(name, value)

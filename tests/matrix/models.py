@@ -139,8 +139,9 @@ def tensors_of(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield path, output
     elif isinstance(output, Mapping):
         for name, value in output.items():
-            # attention weights, which some models return unasked, are none where an engine computes
-            if "attentions" not in name:
+            # attention weights, which some models return unasked, are none where engines compute;
+            # what a model remembers of earlier texts is no result of this call
+            if "attentions" not in name and name != "rope_deltas":
                 yield from tensors_of(value, f"{path}.{name}")
     elif isinstance(output, tuple | list):
         for index, value in enumerate(output):

@@ -22,6 +22,7 @@ class Row:
         paddings: How token masks may be padded; fewer where the model itself mixes padding in.
         generates: Whether greedy generation is compared, if the class can generate.
         training: Whether the model is in training mode, in which it has no dropout here either.
+        left: Attention classes that are left in this transformers.
         needs: A package without which transformers cannot build the model.
         broken: Why transformers itself cannot build the model.
         because: Why `reference`, `paddings`, `generates` or `training` differ, or what else is to
@@ -37,6 +38,7 @@ class Row:
     paddings: tuple[str, ...] = ("left", "right")
     generates: bool = True
     training: bool = False
+    left: tuple[str, ...] = ()
     needs: str = ""
     broken: str = ""
     because: str = ""

@@ -1,5 +1,6 @@
 """All rows of the matrix, by model type."""
 
+import transformers
 from matrix.row import Row
 from matrix.rows import (
     audio,
@@ -7,12 +8,13 @@ from matrix.rows import (
     long_texts,
     multimodal,
     multimodal_h_to_z,
+    older,
     other,
     text,
     vision,
 )
 
-ROWS: dict[str, Row] = {
+NEWEST: dict[str, Row] = {
     **audio.ROWS,
     **audio_n_to_z.ROWS,
     **long_texts.ROWS,
@@ -22,3 +24,4 @@ ROWS: dict[str, Row] = {
     **text.ROWS,
     **vision.ROWS,
 }
+ROWS = older.as_before(transformers.__version__, NEWEST)

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from matrix import models
 from matrix.row import Row
+from matrix.rows.older import is_older
 from matrix.table import ROWS
 from transformers import CONFIG_MAPPING
 
@@ -23,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 OUTPUTS, GRADIENTS = 2e-5, 1e-4
 
 
+@pytest.mark.skipif(is_older(transformers.__version__), reason="rows are of newer types too")
 def test_every_row_is_of_a_model_type():
     assert set(ROWS) <= set(CONFIG_MAPPING)
 
@@ -51,7 +54,7 @@ def test_a_model_computes_the_same_and_is_restored(model_type):
         ours = [models.step(model, call) for call in calls]
         assert texts is None or torch.equal(models.generated(model, calls[0]), texts)
     assert not reasons
-    left = {name.rpartition(".")[2] for name in LEFT}
+    left = {*row.left, *(name.rpartition(".")[2] for name in LEFT)}
     attending = {r.class_name for r in report.rows}
     assert attending
     assert attending - left == set(served.classes)

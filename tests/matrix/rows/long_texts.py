@@ -21,13 +21,19 @@ def evolla(model):
     return {"protein_input_ids": tokens(10, seed=3, most=30), "protein_attention_mask": mask}
 
 
-def protein(model):
-    """A sequence of residues, and the atoms of each."""
+def residues(sequence):
+    """The features of a protein, named by the letters of its residues."""
     # not in every transformers that is supported
-    from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2AtomInputs
     from transformers.models.esmfold2.protein_utils import prepare_protein_features
 
-    features = prepare_protein_features("MKTAYIA")
+    return prepare_protein_features(sequence)
+
+
+def protein(model):
+    """A sequence of residues, and the atoms of each."""
+    from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2AtomInputs
+
+    features = residues("MKTAYIA")
     del features["distogram_atom_idx"]
     names = [field.name for field in fields(EsmFold2AtomInputs)]
     atoms = EsmFold2AtomInputs(**{name: features.pop(name) for name in names})
@@ -139,7 +145,7 @@ ROWS: dict[str, Row] = {
             "lm_encoder": {"num_hidden_layers": 1},
         },
         inputs=protein,
-        calls={"fold": lambda model: prepare_protein_features("MKTAY")},
+        calls={"fold": lambda model: residues("MKTAY")},
     ),
     "evolla": EVOLLA,
     "funnel": Row(config={"d_inner": 48, "block_sizes": [1, 1]}),
