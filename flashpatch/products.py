@@ -228,7 +228,7 @@ class Reading(TorchFunctionMode):
             raise UnreadableError
         if self.refused is not None:
             return self.refuse(self.refused, replay)
-        q, k, v4, options = terms.call(v)
+        q, k, v4, options = terms.call(*_autocast(v))
         self.decided = True
         out = attend(q, k, v4, options, self.settings, lambda: None)
         if out is None:
@@ -313,12 +313,13 @@ def _is_least(value: Any) -> bool:
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as a product takes them under autocast."""
+    """The tensors as a product takes them under autocast, which differ in dtype before at times."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(x.to(dtype) for x in tensors)
+    eligible = (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(x.to(dtype) if x.dtype in eligible else x for x in tensors)
 
 
 # How a product comes to be: (reading, function, arguments) -> what stands for the result.
@@ -334,10 +335,9 @@ def _matmul(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str
             return reading.finish(a, b, replay)
         except UnreadableError:
             return replay()
-    a, b = computed(args)
+    a, b = _autocast(*computed(args))
     if a.ndim < 3 or b.ndim < 3 or not a.is_floating_point() or a.dtype != b.dtype:
         return func(a, b)
-    a, b = _autocast(a, b)
     return Product(partial(func, a, b), Terms.of(a, b.transpose(-1, -2)))
 
 
@@ -378,7 +378,7 @@ def _einsum(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str
         return func(*computed(args))
     if isinstance(a, Product) and a.is_weights and a.terms is not None:
         return _einsum_of_weights(reading, func, args, first, second, output)
-    a, b = computed((a, b))
+    a, b = _autocast(*computed((a, b)))
     shared = [x for x in output if x in first and x in second]
     rows, columns = ([x for x in output if x in own and x not in shared] for own in (first, second))
     inner = [x for x in first if x in second and x not in output]
@@ -388,7 +388,6 @@ def _einsum(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str
         return func(equation, a, b)
     if a.dtype != b.dtype or len(first) != len(shared) + 2:
         return func(equation, a, b)
-    a, b = _autocast(a, b)
     q = a.permute([first.index(x) for x in (*shared, *rows, *inner)])
     k = b.permute([second.index(x) for x in (*shared, *columns, *inner)])
     return Product(partial(func, equation, a, b), Terms.of(q, k))
@@ -416,7 +415,8 @@ def _fused(reading: Reading, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     """PyTorch's own attention function."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     given = {**dict(zip(names, computed(args), strict=False)), **computed(kwargs)}
-    q, k, v, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
+    q, k, v = _autocast(given["query"], given["key"], given["value"])
+    mask = given.get("attn_mask")
     n, m = q.shape[-2], k.shape[-2]
 
     def original() -> Tensor:

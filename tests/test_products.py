@@ -423,13 +423,18 @@ def test_pytorchs_own_module_is_served(tiled_calls):
     torch.testing.assert_close(out, expected)
 
 
-def test_products_under_autocast_have_its_dtype(tiled_calls):
-    q, k, v, bias = inputs()
+@pytest.mark.parametrize("halves", ["", "k", "kv", "v"])
+def test_products_under_autocast_have_its_dtype(halves, tiled_calls):
+    """Also those of a sum with a parameter, which is in float32, and what a layer has made."""
+    given = dict(zip("qkv", inputs(), strict=False))
+    q, k, v = (x.bfloat16() if name in halves else x for name, x in given.items())
+    bias = inputs()[3]
     with torch.autocast("cpu", torch.bfloat16):
         expected = plainly(q, k, v, bias)
-        out = reading(plainly, q, k, v.bfloat16(), bias)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out, expected.bfloat16(), rtol=2e-2, atol=2e-2)
+        out = reading(plainly, q, k, v, bias)
+    assert len(tiled_calls) == 1
+    assert out.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_it_compiles_without_a_graph_break(tiled_calls):

@@ -5,7 +5,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from operator import attrgetter
 from types import ModuleType
 from typing import Any
@@ -15,13 +15,14 @@ import torch
 from matrix.configs import tiny_config
 from matrix.inputs import BATCH, inputs_by_name, token_mask
 from matrix.row import Row
+from matrix.table import ROWS
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from flashpatch import dispatch
-from flashpatch.architectures import model_classes
-from flashpatch_kernels.engines import TILED
+from flashpatch.architectures import attention_classes, model_classes
+from flashpatch_kernels.engines import Engine
 
 # Where a model class is looked for; those that generate come first.
 GENERATIVE = (
@@ -59,15 +60,29 @@ def model_class(config: Any) -> type[PreTrainedModel]:
     return min(classes, key=lambda c: (not c.__name__.endswith("Model"), len(c.__name__)))
 
 
+def row_or_skip(model_type: str) -> Row:
+    """The row of a model type, if there is something to test, and transformers can build it."""
+    if not attention_classes(model_type):
+        pytest.skip("no attention")
+    row = ROWS.get(model_type, Row())
+    if row.needs:
+        pytest.importorskip(row.needs)
+    if row.broken:
+        with pytest.raises(ValueError, match=row.broken):
+            build(model_type, row)
+        pytest.skip(row.broken)
+    return row
+
+
 def modeling(config: Any) -> ModuleType:
     """The file of models beside a config's own."""
     name = type(config).__module__.replace(".configuration_", ".modeling_")
     return importlib.import_module(name)
 
 
-def build(model_type: str, row: Row) -> Any:
+def build(model_type: str, row: Row, seed: int = 0) -> Any:
     """A tiny model whose attention matters: weights large enough that its scores differ."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = tiny_config(model_type, row.config)
     cls: Any = model_class(config) if row.model is None else getattr(modeling(config), row.model)
     model = cls._from_config(config, attn_implementation=row.reference)
@@ -118,6 +133,13 @@ def calls_of(model: Any, row: Row) -> list[Call]:
         elif hasattr(model, method):
             calls.append(Call(method, inputs_by_name(model, method)))
     return calls
+
+
+def all_calls(model: Any, row: Row) -> list[Call]:
+    """What the row calls, and its first call with padding."""
+    calls = calls_of(model, row)
+    paddings = (padded(model, calls[0], padding) for padding in row.paddings)
+    return calls + [call for call in paddings if call is not None]
 
 
 def padded(model: Any, call: Call, padding: str) -> Call | None:
@@ -193,7 +215,7 @@ def step(model: Any, call: Call) -> Step:
     total = torch.zeros(())
     for x in outputs.values():
         if x.requires_grad:
-            weights = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x.dtype)
+            weights = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
             total = total + (x.nan_to_num(0.0, 0.0, 0.0) * weights).sum() / x.numel() ** 0.5
     if total.requires_grad:
         total.backward()
@@ -209,14 +231,15 @@ def step(model: Any, call: Call) -> Step:
 
 @dataclass
 class Served:
-    """How many calls of each attention class an engine computed."""
+    """How many calls engines computed: of each attention class, and each engine."""
 
     classes: Counter[str] = field(default_factory=Counter)
+    engines: Counter[str] = field(default_factory=Counter)
 
 
 @contextmanager
-def tiled_and_counted(model: Any) -> Iterator[Served]:
-    """Every call that an engine serves goes to the tiled one, and is counted for its class."""
+def counted(model: Any, engine: Engine | None = None) -> Iterator[Served]:
+    """Every call that an engine serves is counted, and goes to the engine that is given, if any."""
     served, within = Served(), []
     run = dispatch.run
     handles = []
@@ -234,14 +257,15 @@ def tiled_and_counted(model: Any) -> Iterator[Served]:
                 module.register_forward_hook(leave, always_call=True),
             ]
 
-    def counted(q: Any, k: Any, v: Any, options: Any, engine: str) -> Any:
-        assert engine == TILED.name
+    def counting(q: Any, k: Any, v: Any, options: Any, name: str) -> Any:
         served.classes[type(within[-1]).__name__ if within else "?"] += 1
-        return run(q, k, v, options, engine)
+        served.engines[name] += 1
+        return run(q, k, v, options, name)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(dispatch, "run", counted)
-        patched.setattr(dispatch, "choose", lambda call: TILED)
+        patched.setattr(dispatch, "run", counting)
+        if engine is not None:
+            patched.setattr(dispatch, "choose", lambda call: engine)
         try:
             yield served
         finally:
@@ -272,13 +296,21 @@ def largest_distances(ours: Step, theirs: Step) -> tuple[float, float]:
     return outputs, max(gradients, default=0.0)
 
 
-def double(call: Call) -> Call:
-    """The same call in float64."""
+def converted(call: Call, dtype: torch.dtype, device: str = "cpu") -> Call:
+    """The same call in another dtype, on another device."""
 
-    def widened(x: Any) -> Any:
-        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+    def moved(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.to(device, dtype if x.is_floating_point() else x.dtype)
+        if isinstance(x, Mapping):
+            return {name: moved(value) for name, value in x.items()}
+        if isinstance(x, list | tuple):
+            return type(x)(moved(value) for value in x)
+        if is_dataclass(x) and not isinstance(x, type):
+            return replace(x, **{f.name: moved(getattr(x, f.name)) for f in fields(x)})
+        return x
 
-    return Call(call.method, {name: widened(x) for name, x in call.arguments.items()})
+    return Call(call.method, moved(call.arguments))
 
 
 def generated(model: Any, call: Call) -> Tensor | None:

@@ -10,14 +10,13 @@ import pytest
 import torch
 import transformers
 from matrix import models
-from matrix.row import Row
 from matrix.rows.older import is_older
 from matrix.table import ROWS
 from transformers import CONFIG_MAPPING
 
 import flashpatch
-from flashpatch.architectures import attention_classes
 from flashpatch.patches.left import LEFT
+from flashpatch_kernels.engines import TILED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,27 +32,18 @@ def test_every_row_is_of_a_model_type():
 @pytest.mark.filterwarnings("ignore::UserWarning")  # models warn of much, once a process
 @pytest.mark.parametrize("model_type", sorted(CONFIG_MAPPING))
 def test_a_model_computes_the_same_and_is_restored(model_type):
-    if not attention_classes(model_type):
-        pytest.skip("no attention")
-    row = ROWS.get(model_type, Row())
-    if row.needs:
-        pytest.importorskip(row.needs)
-    if row.broken:
-        with pytest.raises(ValueError, match=row.broken):
-            models.build(model_type, row)
-        pytest.skip(row.broken)
+    row = models.row_or_skip(model_type)
     model = models.build(model_type, row)
-    calls = models.calls_of(model, row)
-    padded = (models.padded(model, calls[0], padding) for padding in row.paddings)
-    calls += [call for call in padded if call is not None]
+    calls = models.all_calls(model, row)
     expected = [models.step(model, call) for call in calls]
     texts = models.generated(model, calls[0]) if row.generates else None
     reasons: list[Any] = []
     report = flashpatch.apply(model, on_fallback=reasons.append)
-    with models.tiled_and_counted(model) as served:
+    with models.counted(model, TILED) as served:
         ours = [models.step(model, call) for call in calls]
         assert texts is None or torch.equal(models.generated(model, calls[0]), texts)
     assert not reasons
+    assert set(served.engines) == {TILED.name}
     left = {*row.left, *(name.rpartition(".")[2] for name in LEFT)}
     attending = {r.class_name for r in report.rows}
     assert attending
@@ -71,7 +61,7 @@ def assert_as_exact_as_eager(
     model: Any, call: models.Call, ours: models.Step, eager: models.Step
 ) -> None:
     """Of a model that enlarges rounding: at most twice the error that eager attention makes."""
-    exact = models.step(model.double(), models.double(call))
+    exact = models.step(model.double(), models.converted(call, torch.float64))
     model.float()
     pairs = zip(
         models.largest_distances(ours, exact), models.largest_distances(eager, exact), strict=True
