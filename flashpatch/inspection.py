@@ -17,6 +17,7 @@ _NOT_OF_TOKENS = (
     "Pooler",
     "Pooling",
 )
+_EAGER = re.compile(r"\w*eager_attention_forward\b")
 _COMMENT = re.compile(r"#.*")
 _SOFTMAX = re.compile(
     r"[sS]oftmax(\.apply)?\(|scaled_dot_product_attention\(|MultiheadAttention\(|"
@@ -84,3 +85,16 @@ def calls_interface(cls: type) -> bool:
         if source is None or _INTERFACE.search(source):
             return True
     return False
+
+
+@cache
+def eager_name(cls: type) -> str:
+    """Name of the function that the class gives the attention interface as its own, or "".
+
+    Where no source can be read, it is taken to be the usual one.
+    """
+    source = source_of(cls)
+    if source is None:
+        return "eager_attention_forward"
+    found = _EAGER.search(source)
+    return found[0] if found else ""

@@ -22,6 +22,7 @@ from flashpatch.patches.interface import KEY, KEYS, MASKED_KEY
 from flashpatch.patches.left import LEFT
 from flashpatch.registry import KEEP, Patch, find, full_name
 from flashpatch.report import Report, Row, describe
+from flashpatch.weights import listen, stop
 from flashpatch_kernels.engines import Reason
 
 Patterns = str | Sequence[str] | None
@@ -131,6 +132,7 @@ def apply(
         unwatch(outermost)
         if packing is None and any(_is_causal(f) for f in kept):
             watch(outermost)
+    listen(model)
     return _report(model, found, kept, blocked)
 
 
@@ -154,6 +156,7 @@ def revert(model: nn.Module) -> None:
         config.hand_back()
     for outermost in _models(model):
         unwatch(outermost)
+    stop(model)
 
 
 @contextmanager

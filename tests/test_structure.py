@@ -28,6 +28,7 @@ KNOW_TRANSFORMERS = (
     "flashpatch.masks",
     "flashpatch.demo",
     "flashpatch.architectures",
+    "flashpatch.weights",
 )
 KNOW_TRANSFORMERS_LAZILY = ("flashpatch.enabling",)
 

@@ -129,7 +129,8 @@ CLASSES = (
 # Those that add to the output in place.
 CHANGE_OUTPUT = ("nystromformer.modeling_nystromformer.NystromformerSelfAttention",)
 
-# Of these, those that are asked for the weights in every call, whether anybody wants them or not.
+# Of these, those that are asked for the weights in every call, whether anybody wants them or not:
+# their models know.
 ALWAYS_ASKED = (
     "dab_detr.modeling_dab_detr.DabDetrAttention",
     "grounding_dino.modeling_grounding_dino.GroundingDinoMultiheadAttention",
@@ -137,17 +138,6 @@ ALWAYS_ASKED = (
     "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoMultiheadAttention",
     "oneformer.modeling_oneformer.OneFormerAttention",
 )
-# The classes around them that return the weights only to who wants them.
-HOLDERS = (
-    "dab_detr.modeling_dab_detr.DabDetrDecoderLayer",
-    "grounding_dino.modeling_grounding_dino.GroundingDinoDecoderLayer",
-    "grounding_dino.modeling_grounding_dino.GroundingDinoEncoder",
-    "mask2former.modeling_mask2former.Mask2FormerMaskedAttentionDecoderLayer",
-    "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoDecoderLayer",
-    "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoEncoder",
-    "oneformer.modeling_oneformer.OneFormerTransformerDecoderLayer",
-)
-
 # What a call may ask for that only the original gives.
 ASKED = ("output_attentions", "head_mask", "layer_head_mask")
 
@@ -158,12 +148,12 @@ class How:
 
     Attributes:
         places: Those of `ASKED` among its arguments, and where.
-        holds: Whether the weights are returned as a product, computed only if they are wanted.
+        always_asked: Whether it is asked for the weights in every call.
         changes_output: Whether it adds to its output in place.
     """
 
     places: tuple[tuple[str, int], ...]
-    holds: bool
+    always_asked: bool
     changes_output: bool
 
 
@@ -180,7 +170,7 @@ def forward(how: How, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     cls: Any = type(module)
     asked = {name: args[at] for name, at in how.places if at < len(args)}
     asked |= {name: kwargs[name] for name in ASKED if name in kwargs}
-    if how.holds:
+    if how.always_asked:
         asked.pop("output_attentions", None)
     blocked = why_blocked(module, settings, asked)
     know_buffers(module)
@@ -189,13 +179,7 @@ def forward(how: How, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         out = cls.forward(module, *args, **kwargs)
     if not reading.decided:
         fall_back(blocked or UNREAD, settings, lambda: None)
-    return out if how.holds and blocked is None else released(out, weights=blocked is not None)
-
-
-def hold(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The class's own `forward`: what weights it returns are wanted."""
-    cls: Any = type(module)
-    return released(cls.forward(module, *args, **kwargs), weights=True)
+    return released(out, weights=blocked is not None)
 
 
 def _reading(name: str, module: nn.Module) -> Any:
@@ -221,12 +205,3 @@ for _name in KEYED:
     _register(_name, keyed=True)
 for _name in CLASSES:
     _register(_name, keyed=False)
-for _name in HOLDERS:
-    register(
-        Patch(
-            f"transformers.models.{_name}",
-            keyed=False,
-            swaps={"forward": lambda module: partial(hold, module)},
-            attends=False,
-        )
-    )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from flashpatch import weights
 from flashpatch.dispatch import (
     DEFAULT,
     HEAD_MASK,
@@ -28,6 +29,7 @@ from flashpatch.dispatch import (
     fall_back,
     unknown_argument,
 )
+from flashpatch.inspection import eager_name
 from flashpatch.masks import (
     DROP_QUERIES,
     NONE_IS_NO_MASK,
@@ -205,7 +207,7 @@ def why_blocked(module: nn.Module, settings: Settings, kwargs: dict[str, Any]) -
     """The reason to run the original attention that is known before the call is read."""
     if not settings.active:
         return SKIPPED
-    if kwargs.get("output_attentions") or collects_attentions():
+    if kwargs.get("output_attentions") or weights.asked():
         return OUTPUT_ATTENTIONS
     if kwargs.get("head_mask") is not None or kwargs.get("layer_head_mask") is not None:
         return HEAD_MASK
@@ -231,23 +233,6 @@ READ = frozenset(
         "softcap",
     )
 )
-
-
-def collects_attentions() -> bool:
-    """Whether a model up the stack records attention weights through its output hooks."""
-    if torch.compiler.is_compiling():  # a context variable cannot be traced; this stands for it
-        collector = getattr(_COLLECTOR, "global_var", None)
-    else:
-        collector = _COLLECTOR.get() if _COLLECTOR is not None else None
-    return collector is not None and any("attentions" in name for name in collector)
-
-
-def _output_collector() -> Any:
-    capturing = sys.modules.get("transformers.utils.output_capturing")
-    return getattr(capturing, "_active_collector", None)
-
-
-_COLLECTOR = _output_collector()
 
 
 def read_call(
@@ -378,23 +363,27 @@ def run_original(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention that the module would have run unpatched, on the mask it would have had."""
     n, m = query.shape[2], key.shape[2]
-    weights = kwargs.get("output_attentions") or collects_attentions()
-    eager = weights or original not in ALL_ATTENTION_FUNCTIONS or original in KEYS
+    own = eager_attention(module)
+    named = None if original in KEYS else ALL_ATTENTION_FUNCTIONS.get(original)
+    wanted = kwargs.get("output_attentions") or weights.asked()
+    eager = own is not None and (wanted or named is None)
+    function = own if eager else named
+    if function is None:
+        raise TypeError(f"{type(module).__name__} has no eager attention to fall back to")
     if kwargs.get("position_bias") is not None:
         position_bias = dense_position_bias(kwargs["position_bias"], n, m).to(query.dtype)
         kwargs = {**kwargs, "position_bias": position_bias}
     mask = expand(attention_mask, n, m, query, causal=causal, additive=eager)
-    function = eager_attention(module) if eager else ALL_ATTENTION_FUNCTIONS[original]
     return function(module, query, key, value, mask, **kwargs)
 
 
-def eager_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """`eager_attention_forward` of the file that defines the module's class."""
+def eager_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """What the module's class runs where its config names nothing else, if it has that."""
     for cls in type(module).__mro__:
-        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if function is not None:
-            return function
-    raise TypeError(f"{type(module).__name__} has no eager attention to fall back to")
+        name = eager_name(cls)
+        if name and hasattr(sys.modules.get(cls.__module__), name):
+            return getattr(sys.modules[cls.__module__], name)
+    return None
 
 
 def activate() -> None:

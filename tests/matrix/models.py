@@ -60,6 +60,13 @@ def model_class(config: Any) -> type[PreTrainedModel]:
     return min(classes, key=lambda c: (not c.__name__.endswith("Model"), len(c.__name__)))
 
 
+def without_dropout(model: Any) -> None:
+    """What a config does not switch off."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
 def row_or_skip(model_type: str) -> Row:
     """The row of a model type, if there is something to test, and transformers can build it."""
     if not attention_classes(model_type):
@@ -109,7 +116,11 @@ class Call:
 
     def run(self, model: Any) -> Any:
         torch.manual_seed(1)  # for those that draw noise
-        return attrgetter(self.method)(model)(**self.arguments)
+        part, _, name = self.method.rpartition(".")
+        called = attrgetter(part)(model) if part else model
+        if name != "forward":  # which is called as users do, with its hooks
+            called = getattr(called, name)
+        return called(**self.arguments)
 
 
 # Methods that run a part of the model which `forward` may not reach without images or sound.
@@ -154,20 +165,25 @@ def padded(model: Any, call: Call, padding: str) -> Call | None:
     return Call("forward", {**call.arguments, "attention_mask": mask})
 
 
-def tensors_of(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of floating point numbers within a model's output, by their places."""
+def tensors_of(
+    output: Any, path: str = "", *, weights: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of floating point numbers within a model's output, by their places.
+
+    Attention weights, which some models return unasked, are none where engines compute, and are
+    left out but for `weights`.
+    """
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield path, output
     elif isinstance(output, Mapping):
         for name, value in output.items():
-            # attention weights, which some models return unasked, are none where engines compute;
             # what a model remembers of earlier texts is no result of this call
-            if "attentions" not in name and name != "rope_deltas":
-                yield from tensors_of(value, f"{path}.{name}")
+            if (weights or "attentions" not in name) and name != "rope_deltas":
+                yield from tensors_of(value, f"{path}.{name}", weights=weights)
     elif isinstance(output, tuple | list):
         for index, value in enumerate(output):
-            yield from tensors_of(value, f"{path}[{index}]")
+            yield from tensors_of(value, f"{path}[{index}]", weights=weights)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Forward and all gradients, plain and padded, and greedy generation, against the 
 attention, with every call on the tiled engine; undone afterwards, bit by bit.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,9 +53,60 @@ def test_a_model_computes_the_same_and_is_restored(model_type):
     again = models.step(model, calls[0])
     assert all(torch.equal(x, expected[0].outputs[name]) for name, x in again.outputs.items())
     for call, one, other in zip(calls, ours, expected, strict=True):
-        distances = models.largest_distances(one, other)
-        if distances[0] >= OUTPUTS or distances[1] >= GRADIENTS:
-            assert_as_exact_as_eager(model, call, one, other)
+        assert_close(model, call, one, other)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("model_type", sorted(CONFIG_MAPPING))
+def test_attention_weights_that_are_asked_for_are_the_models_own(model_type):
+    row = models.row_or_skip(model_type)
+    if row.reference != "eager":
+        pytest.skip("only eager attention has weights")
+    model = models.build(model_type, row)
+    call = models.calls_of(model, row)[0]
+    asking = replace(call, arguments={**call.arguments, "output_attentions": True})
+    if call.method != "forward":
+        pytest.skip("its parts are called one by one")
+    with torch.no_grad():
+        try:
+            expected = dict(models.tensors_of(asking.run(model), weights=True))
+        except (IndexError, TypeError) as error:
+            pytest.skip(f"its own attention cannot: {error}")
+        flashpatch.apply(model)
+        ours = dict(models.tensors_of(asking.run(model), weights=True))
+    assert expected.keys() <= ours.keys()
+    assert all(models.distance(ours[name], x, 1e-3) < OUTPUTS for name, x in expected.items())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("model_type", sorted(CONFIG_MAPPING))
+def test_checkpoints_give_the_same_gradients(model_type):
+    row = models.row_or_skip(model_type)
+    model = models.build(model_type, row)
+    call = models.calls_of(model, row)[0]
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        pytest.skip("it has no checkpoints")
+    models.without_dropout(model.train())
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        expected = models.step(model, call)
+    except (AttributeError, RuntimeError, ValueError) as error:
+        pytest.skip(f"its own attention cannot: {error}")
+    reasons: list[Any] = []
+    flashpatch.apply(model, on_fallback=reasons.append)
+    with models.counted(model, TILED) as served:
+        ours = models.step(model, call)
+    assert served.engines
+    assert not reasons
+    flashpatch.revert(model)
+    assert_close(model, call, ours, expected)
+
+
+def assert_close(model: Any, call: models.Call, ours: models.Step, eager: models.Step) -> None:
+    """Within a rounding of eager attention, or as exact."""
+    distances = models.largest_distances(ours, eager)
+    if distances[0] >= OUTPUTS or distances[1] >= GRADIENTS:
+        assert_as_exact_as_eager(model, call, ours, eager)
 
 
 def assert_as_exact_as_eager(
