@@ -232,7 +232,7 @@ def patch_of(cls: type) -> Patch | None:
     Attention classes have joined transformers' interface one by one.
     """
     patch = find(cls)
-    if patch is None or patch.swaps or calls_interface(cls):
+    if patch is None or patch.swaps or patch.replaces or calls_interface(cls):
         return patch
     return None
 
@@ -329,6 +329,9 @@ def _swap(found: Found) -> None:
         value = KEEP if _slot(found.module, attribute) in done else swap(found.module)
         if value is not KEEP:
             _place(found.module, _slot(found.module, attribute), value)
+    for method, attribute in found.patch.replaces.items():
+        if method not in done:
+            _place(found.module, method, partial(_replace, method, attribute, found.module))
     if found.patch.swaps and _REPLICATE not in done:
         _place(found.module, _REPLICATE, partial(_replicate, found.module))
 
@@ -347,13 +350,16 @@ def _replicate(module: nn.Module) -> nn.Module:
     return replica
 
 
-def hand_on(before: nn.Module, after: nn.Module) -> None:
-    """Patches a module that its model has put in the place of a patched one."""
+def _replace(method: str, attribute: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A class's own method, which puts another module in the place of a patched one."""
+    before = getattr(module, attribute)
+    result = getattr(type(module), method)(module, *args, **kwargs)
+    after = getattr(module, attribute)
     patch, settings = patch_of(type(after)), vars(before).get(_SETTINGS)
-    if patch is None or settings is None:
-        return
-    _swap(Found("", after, patch, settings.active, None))
-    vars(after)[_SETTINGS] = settings
+    if after is not before and patch is not None and settings is not None:
+        _swap(Found("", after, patch, settings.active, None))
+        vars(after)[_SETTINGS] = settings
+    return result
 
 
 def _slot(module: nn.Module, attribute: str) -> str:

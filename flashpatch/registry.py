@@ -28,6 +28,8 @@ class Patch:
         swaps: Attribute -> function of the module that gives its new value, or `KEEP`. Use
             `functools.partial(function, module)` for methods, never a closure: a copied model would
             go on using the original's weights. Choose the narrowest attribute that sees q, k and v.
+        replaces: Method -> attribute: methods that put another attention module there, which then
+            is changed as the one before was.
         adds_mask: Whether the class adds the mask it is given to its scores and knows no other:
             then none may stand for a causal one.
         needs_key: Whether the swaps serve no module whose config cannot get the key, because an
@@ -39,6 +41,7 @@ class Patch:
     owner: str
     keyed: bool = True
     swaps: Mapping[str, Swap] = field(default_factory=dict)
+    replaces: Mapping[str, str] = field(default_factory=dict)
     adds_mask: bool = False
     needs_key: bool = True
     attends: bool = True
@@ -60,7 +63,7 @@ def register(patch: Patch) -> Patch:
         raise ValueError(f"owner must be a full class name (module.Class), not {patch.owner!r}")
     if patch.owner in _PATCHES:
         raise ValueError(f"{patch.owner} already has a patch: {_PATCHES[patch.owner]}")
-    if not (patch.keyed or patch.swaps):
+    if not (patch.keyed or patch.swaps or patch.replaces):
         raise ValueError(f"the patch of {patch.owner} changes nothing: set keyed or swaps")
     _PATCHES[patch.owner] = patch
     return patch

@@ -137,16 +137,6 @@ def _once(seen: Tensor, batch: int) -> Tensor:
     return once.transpose(0, 1).expand(batch, count, heads, -1).flatten(0, 1)
 
 
-def set_attention_type(module: Any, *args: Any, **kwargs: Any) -> None:
-    """The holder's own, and what is patched stays so."""
-    before = module.self
-    type(module).set_attention_type(module, *args, **kwargs)
-    if module.self is not before:
-        from flashpatch.patching import hand_on  # which needs all patches first
-
-        hand_on(before, module.self)
-
-
 for _name in CLASSES:
     register(
         Patch(
@@ -161,7 +151,7 @@ for _name in HOLDERS:
         Patch(
             f"transformers.models.{_name}",
             keyed=False,
-            swaps={"set_attention_type": lambda module: partial(set_attention_type, module)},
+            replaces={"set_attention_type": "self"},
             needs_key=False,
             attends=False,
         )
