@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode, handle_torch_function
-from torch.utils._pytree import tree_map
 
 from flashpatch.dispatch import Settings, attend, fall_back
 from flashpatch.masks import expand
@@ -130,18 +129,19 @@ for _name in ("rmatmul", "neg", "getitem", "setitem", "lt", "le", "gt", "ge", "p
 
 def computed(tree: Any) -> Any:
     """The same with tensors in the place of products."""
-    return tree_map(lambda x: x.compute() if isinstance(x, Product) else x, tree)
+    return released(tree, weights=True)
 
 
 def released(tree: Any, *, weights: bool) -> Any:
     """What a class returns, without products; attention weights are None unless `weights`."""
-
-    def release(x: Any) -> Any:
-        if not isinstance(x, Product):
-            return x
-        return x.compute() if weights or not x.is_weights else None
-
-    return tree_map(release, tree)
+    kind = type(tree)
+    if kind is Product:
+        return tree.compute() if weights or not tree.is_weights else None
+    if kind is tuple or kind is list:  # plain loops: this runs for every operation that is read
+        return kind([released(x, weights=weights) for x in tree])
+    if kind is dict:
+        return {name: released(x, weights=weights) for name, x in tree.items()}
+    return tree
 
 
 class Reading(TorchFunctionMode):
@@ -183,9 +183,7 @@ class Reading(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         if not any(isinstance(x, Product) for x in (*args, *kwargs.values())):
-            if any(isinstance(x, tuple | list) for x in args):
-                args = computed(args)
-            result = func(*args, **kwargs)
+            result = func(*(computed(args) if Product in types else args), **kwargs)
             if name in CONSTANTS:
                 _note_made(result, args)
             return result

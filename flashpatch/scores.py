@@ -64,7 +64,9 @@ class Terms:
     @staticmethod
     def of(q: Tensor, k: Tensor) -> "Terms":
         """Those of q k^T for q [..., N, D] and k [..., M, D]."""
-        lead = tuple(torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]))
+        lead = tuple(q.shape[:-2])
+        if lead != k.shape[:-2]:
+            lead = tuple(torch.broadcast_shapes(lead, k.shape[:-2]))
         dims = len(lead) + 2
         q, k = (x[(None,) * (dims - x.ndim)] for x in (q, k))
         return Terms(q, k, lead, lead, (q.shape[-2],), (k.shape[-2],), dtype=q.dtype)

@@ -6,6 +6,7 @@ is a `Row`.
 
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -158,4 +159,4 @@ def tiny_config(model_type: str, overrides: Mapping[str, Any]) -> Any:
         values = {k: v for k, v in overrides.items() if k != "from_scratch"}
     else:
         values = merged(small_values(CONFIG_MAPPING[model_type]()), overrides)
-    return CONFIG_MAPPING[model_type](**values)
+    return CONFIG_MAPPING[model_type](**deepcopy(values))  # some take what they need out of them
