@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode, handle_torch_function
+from torch.utils._pytree import tree_map
 
 from flashpatch.dispatch import Settings, attend, fall_back
 from flashpatch.masks import expand
@@ -134,14 +135,20 @@ def computed(tree: Any) -> Any:
 
 def released(tree: Any, *, weights: bool) -> Any:
     """What a class returns, without products; attention weights are None unless `weights`."""
+
+    def release(x: Any) -> Any:
+        if type(x) is not Product:
+            return x
+        return x.compute() if weights or not x.is_weights else None
+
     kind = type(tree)
-    if kind is Product:
-        return tree.compute() if weights or not tree.is_weights else None
     if kind is tuple or kind is list:  # plain loops: this runs for every operation that is read
         return kind([released(x, weights=weights) for x in tree])
     if kind is dict:
         return {name: released(x, weights=weights) for name, x in tree.items()}
-    return tree
+    if isinstance(tree, tuple | list | dict):
+        return tree_map(release, tree)
+    return release(tree)
 
 
 class Reading(TorchFunctionMode):

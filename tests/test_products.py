@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -336,6 +336,31 @@ def test_weights_beside_the_output_are_not_computed(tiled_calls):
     assert out.shape == (B, H, N, D)
     assert weights is None
     assert mean is None
+
+
+class Named(NamedTuple):
+    """What some classes return."""
+
+    out: Tensor
+    weights: Tensor | None
+
+
+@pytest.mark.parametrize("refused", [None, Reason("REFUSED", "for the test")])
+def test_what_a_class_returns_by_name_holds_no_products(tiled_calls, refused):
+    def way(q: Tensor, k: Tensor, v: Tensor) -> Named:
+        weights = (q @ k.transpose(-1, -2)).softmax(-1)
+        return Named(weights @ v, weights)
+
+    q, k, v, _ = inputs()
+    expected = way(q, k, v)
+    with Reading(Settings(on_fallback=lambda _: None), refused):
+        out = way(q, k, v)
+    named = released(out, weights=refused is not None)
+    torch.testing.assert_close(named.out, expected.out)
+    if refused is None:
+        assert named.weights is None
+    else:
+        torch.testing.assert_close(named.weights, expected.weights)
 
 
 def test_a_compact_mask_that_is_added_hides_its_keys(tiled_calls):

@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 import flashpatch
+from flashpatch.architectures import attention_classes
+from flashpatch.inspection import calls_interface
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -42,6 +44,8 @@ def test_a_model_errs_no_more_than_pytorch(model_type, device, monkeypatch, reco
     any rounding. So what fails is drawn again, and the medians must hold."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     row = models.row_or_skip(model_type)
+    if device == "cpu" and all(map(calls_interface, attention_classes(model_type))):
+        pytest.skip("nothing is read, and PyTorch's own attention serves it")
     draws = [drawn(model_type, row, device, seed=0)]
     if not hold(draws):
         draws += [drawn(model_type, row, device, seed) for seed in range(1, 5)]
