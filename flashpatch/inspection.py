@@ -6,6 +6,7 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 _INTERFACE = re.compile(r"(?<!MASK)_ATTENTION_FUNCTIONS\b")  # not the registry of mask functions
 # What such names as "AttentionPooling" end with, and "BlockAttentionResidual".
@@ -85,6 +86,13 @@ def calls_interface(cls: type) -> bool:
         if source is None or _INTERFACE.search(source):
             return True
     return False
+
+
+@cache
+def places(cls: Any) -> dict[str, int]:
+    """The arguments of a class's `forward`, and where each stands."""
+    names = list(inspect.signature(cls.forward).parameters)[1:]
+    return {name: place for place, name in enumerate(names)}
 
 
 @cache

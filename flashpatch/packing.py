@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from flashpatch.hooks import unhook
+
 LEAK = (
     "position_ids were passed beside an attention mask or with use_cache on: if they restart for "
     "packed documents, the model's own masks let the documents see each other. "
@@ -46,7 +48,4 @@ def watch(module: nn.Module) -> None:
 
 def unwatch(module: nn.Module) -> None:
     """Removes the hook."""
-    hooks = module._forward_pre_hooks
-    for ident in [ident for ident, hook in hooks.items() if hook is warn_of_leaks]:
-        del hooks[ident]
-        module._forward_pre_hooks_with_kwargs.pop(ident, None)
+    unhook(module, warn_of_leaks)

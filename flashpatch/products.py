@@ -135,20 +135,16 @@ def computed(tree: Any) -> Any:
 
 def released(tree: Any, *, weights: bool) -> Any:
     """What a class returns, without products; attention weights are None unless `weights`."""
-
-    def release(x: Any) -> Any:
-        if type(x) is not Product:
-            return x
-        return x.compute() if weights or not x.is_weights else None
-
     kind = type(tree)
+    if kind is Product:
+        return tree.compute() if weights or not tree.is_weights else None
     if kind is tuple or kind is list:  # plain loops: this runs for every operation that is read
         return kind([released(x, weights=weights) for x in tree])
     if kind is dict:
         return {name: released(x, weights=weights) for name, x in tree.items()}
     if isinstance(tree, tuple | list | dict):
-        return tree_map(release, tree)
-    return release(tree)
+        return tree_map(lambda x: released(x, weights=weights) if type(x) is Product else x, tree)
+    return tree
 
 
 class Reading(TorchFunctionMode):

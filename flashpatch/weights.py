@@ -5,13 +5,15 @@ return the weights whenever they have them, and their models keep them if they w
 on the models take note of that.
 """
 
-import inspect
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import output_capturing
+
+from flashpatch.hooks import unhook
+from flashpatch.inspection import places
 
 
 def asked() -> bool:
@@ -56,8 +58,7 @@ def listen(model: nn.Module) -> None:
     stop(model)
     for module in model.modules():
         if hasattr(module, "set_attn_implementation"):
-            names = list(inspect.signature(type(module).forward).parameters)[1:]
-            place = names.index("output_attentions") if "output_attentions" in names else None
+            place = places(type(module)).get("output_attentions")
             module.register_forward_pre_hook(partial(take_note, place), with_kwargs=True)
             module.register_forward_hook(forget, always_call=True)
 
@@ -65,13 +66,8 @@ def listen(model: nn.Module) -> None:
 def stop(model: nn.Module) -> None:
     """Removes them."""
     for module in model.modules():
-        before, after = module._forward_pre_hooks, module._forward_hooks
-        for ident in [i for i, hook in before.items() if getattr(hook, "func", 0) is take_note]:
-            del before[ident]
-            module._forward_pre_hooks_with_kwargs.pop(ident, None)
-        for ident in [i for i, hook in after.items() if hook is forget]:
-            del after[ident]
-            module._forward_hooks_always_called.pop(ident, None)
+        unhook(module, take_note)
+        unhook(module, forget)
 
 
 def _are_collected() -> bool:

@@ -7,18 +7,18 @@ by the class's own steps around attention, with the positions as the relative te
 what the encoder would have built.
 """
 
-import inspect
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashpatch.dispatch import DEFAULT, Settings, attend, fall_back
+from flashpatch.inspection import places
 from flashpatch.masks import expand, pack
 from flashpatch.patches.interface import read_call, why_blocked
 from flashpatch.registry import Patch, register
@@ -163,7 +163,7 @@ def forward(
     if out is None:
         return original()
     out = out.transpose(1, 2).flatten(2)
-    return (out, None) if version.pairs or not _asks_for_weights(type(module)) else out
+    return (out, None) if version.pairs or "output_attentions" not in places(type(module)) else out
 
 
 def _probability(dropout: Any) -> float:
@@ -171,11 +171,6 @@ def _probability(dropout: Any) -> float:
     if not dropout.training:
         return 0.0
     return dropout.p if hasattr(dropout, "p") else dropout.drop_prob
-
-
-@cache
-def _asks_for_weights(cls: Any) -> bool:
-    return "output_attentions" in inspect.signature(cls.forward).parameters
 
 
 def _file_of(module: Any) -> Any:

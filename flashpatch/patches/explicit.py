@@ -4,7 +4,6 @@ Their own `forward` runs, and what it does with the product of queries and keys 
 see `flashpatch.products`. A row is a class, and whether its model's masks may be compact ones.
 """
 
-import inspect
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from flashpatch.dispatch import DEFAULT, UNREAD, Settings, fall_back
+from flashpatch.inspection import places
 from flashpatch.patches.interface import why_blocked
 from flashpatch.products import Reading, know_buffers, released
 from flashpatch.registry import Patch, register
@@ -183,9 +183,9 @@ def forward(how: How, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _reading(name: str, module: nn.Module) -> Any:
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    places = tuple((asked, names.index(asked)) for asked in ASKED if asked in names)
-    return partial(forward, How(places, name in ALWAYS_ASKED, name in CHANGE_OUTPUT), module)
+    known = places(type(module))
+    asked = tuple((argument, known[argument]) for argument in ASKED if argument in known)
+    return partial(forward, How(asked, name in ALWAYS_ASKED, name in CHANGE_OUTPUT), module)
 
 
 def _register(name: str, *, keyed: bool) -> None:

@@ -363,17 +363,16 @@ def run_original(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention that the module would have run unpatched, on the mask it would have had."""
     n, m = query.shape[2], key.shape[2]
-    own = eager_attention(module)
     named = None if original in KEYS else ALL_ATTENTION_FUNCTIONS.get(original)
     wanted = kwargs.get("output_attentions") or weights.asked()
-    eager = own is not None and (wanted or named is None)
-    function = own if eager else named
+    own = eager_attention(module) if wanted or named is None else None
+    function = own or named
     if function is None:
         raise TypeError(f"{type(module).__name__} has no eager attention to fall back to")
     if kwargs.get("position_bias") is not None:
         position_bias = dense_position_bias(kwargs["position_bias"], n, m).to(query.dtype)
         kwargs = {**kwargs, "position_bias": position_bias}
-    mask = expand(attention_mask, n, m, query, causal=causal, additive=eager)
+    mask = expand(attention_mask, n, m, query, causal=causal, additive=own is not None)
     return function(module, query, key, value, mask, **kwargs)
 
 

@@ -69,12 +69,12 @@ def without_dropout(model: Any) -> None:
 
 def row_or_skip(model_type: str) -> Row:
     """The row of a model type, if there is something to test, and transformers can build it."""
-    if not attention_classes(model_type):
+    if not attention_classes(model_type):  # which ARCHITECTURES.md lists, compared by its own test
         pytest.skip("no attention")
     row = ROWS.get(model_type, Row())
     if row.needs:
         pytest.importorskip(row.needs)
-    if row.broken:
+    if row.broken:  # it must be: the row fails as soon as transformers can build the model
         with pytest.raises(ValueError, match=row.broken):
             build(model_type, row)
         pytest.skip(row.broken)

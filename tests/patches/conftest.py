@@ -18,9 +18,6 @@ from transformers import (
     MPNetForMaskedLM,
 )
 
-from flashpatch import dispatch
-from flashpatch_kernels.engines import TILED
-
 
 def _assert_same_step(ours: Any, theirs: Any) -> None:
     """Compares outputs, and the gradients of all parameters by their names."""
@@ -92,9 +89,3 @@ def _tiny(name: str, **overrides: Any) -> Any:
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Any]:
     return _tiny
-
-
-@pytest.fixture
-def everything_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain calls too are computed by the engine that serves the others."""
-    monkeypatch.setattr(dispatch, "choose", lambda call: TILED)

@@ -22,7 +22,7 @@ from flashpatch.masks import expand
 from flashpatch.patches import deberta
 from flashpatch_kernels.engines import Reason
 
-pytestmark = pytest.mark.usefixtures("everything_tiled")
+pytestmark = pytest.mark.usefixtures("tiled_calls")
 
 CONTENT_TO_POSITION = {"relative_attention": True, "pos_att_type": ["c2p"]}
 POSITION_TO_CONTENT = {"relative_attention": True, "pos_att_type": ["p2c"]}

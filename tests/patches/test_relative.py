@@ -29,7 +29,7 @@ from flashpatch import dispatch
 from flashpatch.inspection import calls_interface
 from flashpatch_kernels.engines import Reason
 
-pytestmark = pytest.mark.usefixtures("everything_tiled")
+pytestmark = pytest.mark.usefixtures("tiled_calls")
 
 SPEECH = {
     "hidden_size": 24,

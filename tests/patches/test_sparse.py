@@ -72,7 +72,7 @@ GLOBAL: dict[str, tuple[tuple[int, int], ...]] = {
 }
 
 
-@pytest.mark.usefixtures("everything_tiled")
+@pytest.mark.usefixtures("tiled_calls")
 @pytest.mark.parametrize("places", GLOBAL.values(), ids=GLOBAL.keys())
 def test_longformer_computes_the_same_with_global_tokens(places, assert_same_step):
     theirs = longformer().train()
@@ -98,7 +98,7 @@ def test_longformer_says_so_when_it_falls_back():
     assert {r.name for r in reasons} == {"OUTPUT_ATTENTIONS"}
 
 
-@pytest.mark.usefixtures("everything_tiled")
+@pytest.mark.usefixtures("tiled_calls")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("length", [40, 52])
 def test_bigbird_computes_the_same_with_random_blocks(length, training, assert_same_step):
@@ -109,7 +109,7 @@ def test_bigbird_computes_the_same_with_random_blocks(length, training, assert_s
     assert_same_step(step(ours, **inputs), step(theirs, **inputs))
 
 
-@pytest.mark.usefixtures("everything_tiled")
+@pytest.mark.usefixtures("tiled_calls")
 def test_bigbird_stays_patched_when_a_short_text_makes_its_attention_full(assert_same_step):
     theirs = bigbird(64)
     ours = copy.deepcopy(theirs)
@@ -124,7 +124,7 @@ def test_bigbird_stays_patched_when_a_short_text_makes_its_attention_full(assert
     assert_same_step(step(ours, **inputs), step(theirs, **inputs))
 
 
-@pytest.mark.usefixtures("everything_tiled")
+@pytest.mark.usefixtures("tiled_calls")
 @pytest.mark.parametrize("kind", ["local", "transient-global"])
 def test_longt5_computes_the_same_in_blocks(kind, assert_same_step):
     torch.manual_seed(0)

@@ -162,15 +162,19 @@ BEFORE_5_17: Mapping[str, Changes] = {
 }
 
 
+# The latest first.
+BEFORE = (("5.23", BEFORE_5_23), ("5.17", BEFORE_5_17))
+
+
 def is_older(version: str) -> bool:
     """Whether some rows have changed since this version of transformers."""
-    return Version(version) < Version("5.23")
+    return Version(version) < Version(BEFORE[0][0])
 
 
 def as_before(version: str, rows: Mapping[str, Row]) -> dict[str, Row]:
     """The rows as they were in a version of transformers."""
     result = dict(rows)
-    for change, changes in (("5.23", BEFORE_5_23), ("5.17", BEFORE_5_17)):
+    for change, changes in BEFORE:
         if Version(version) < Version(change):
             for name, changed in changes.items():
                 row = result.get(name, Row())
