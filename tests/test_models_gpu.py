@@ -31,38 +31,33 @@ COMMON = {
     "max_position_embeddings": 1024,
     "attention_dropout": 0.0,
 }
-# name -> (model class, config class, what differs from COMMON, engines that may serve it)
+# name -> (model class, config class, what differs from COMMON)
 MODELS = {
-    "llama": ("LlamaForCausalLM", "LlamaConfig", {"num_key_value_heads": 2}, {"triton"}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {"num_key_value_heads": 2}),
     "llama-96": (
         "LlamaForCausalLM",
         "LlamaConfig",
         {"num_key_value_heads": 1, "head_dim": 96},
-        {"triton"},
     ),
     "mistral": (
         "MistralForCausalLM",
         "MistralConfig",
         {"num_key_value_heads": 2, "sliding_window": 100},
-        {"triton"},
     ),
     "bert": (
         "BertForMaskedLM",
         "BertConfig",
         {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0},
-        {"triton"},
     ),
     "gemma2": (
         "Gemma2ForCausalLM",
         "Gemma2Config",
         {"num_key_value_heads": 2, "head_dim": 64, "sliding_window": 100},
-        {"tiled"},
     ),
     "bloom": (
         "BloomForCausalLM",
         "BloomConfig",
         {"n_head": 4, "n_layer": 2, "attention_dropout": 0.0, "hidden_dropout": 0.0},
-        {"tiled"},
     ),
     "t5": (
         "T5ForConditionalGeneration",
@@ -76,7 +71,6 @@ MODELS = {
             "dropout_rate": 0.0,
             "decoder_start_token_id": 1,
         },
-        {"tiled", "triton"},
     ),
 }
 LENGTH = 333
@@ -87,7 +81,7 @@ def forbid(reason: Reason) -> None:
 
 
 def build(name: str) -> torch.nn.Module:
-    model_class, config_class, differing, _ = MODELS[name]
+    model_class, config_class, differing = MODELS[name]
     torch.manual_seed(0)
     config = getattr(transformers, config_class)(**{**COMMON, **differing})
     return getattr(transformers, model_class)(config).cuda()
@@ -141,7 +135,7 @@ def test_a_training_step_errs_no_more_than_unpatched(name, dtype, padding, monke
 
     assert engines.total() > 0
     if dtype != torch.float32:
-        assert set(engines) <= MODELS[name][3]
+        assert set(engines) == {"triton"}
     floor = torch.finfo(dtype).eps
     for key, right in want.items():
         size = right.norm() + 1e-3 * want["loss"]

@@ -248,13 +248,6 @@ TRITON = Engine(
             Reason("TRITON_HEAD_SIZE", "the Triton kernels take head sizes up to 512"),
             lambda c: max(c.head_size, c.value_size) <= 512,
         ),
-        (
-            Reason(
-                "TRITON_RELATIVE",
-                "the Triton kernels' vectors by distance have not run on a card yet",
-            ),
-            lambda c: not c.relative,
-        ),
     ),
     preferences=(
         (

@@ -28,7 +28,6 @@ UNMET = {
     "TRITON_BFLOAT16": (TRITON, replace(CUDA, capability=(7, 5))),
     "TRITON_HEAD_SIZE": (TRITON, replace(CUDA, head_size=513)),
     "TILED_SCORE": (TILED, replace(CPU, score=True)),
-    "TRITON_RELATIVE": (TRITON, replace(CUDA, relative=True)),
     "SDPA_LSE": (SDPA, replace(CPU, lse=True)),
     "SDPA_SOFTCAP": (SDPA, replace(CPU, softcap=True)),
     "SDPA_RELATIVE": (SDPA, replace(CPU, relative=True)),

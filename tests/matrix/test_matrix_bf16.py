@@ -101,6 +101,7 @@ def drawn(model_type: str, row: Row, device: str, seed: int) -> Draw:
         ours = [models.step(model, call) for call in calls]
     assert not reasons, reasons
     assert served.engines
+    assert device == "cpu" or "tiled" not in served.engines
     pairs = [
         (errors(what, one, truth), errors(what, other, truth))
         for one, other, truth in zip(ours, theirs, exact, strict=True)
