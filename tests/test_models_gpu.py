@@ -157,6 +157,7 @@ def test_generation_agrees_token_for_token(name, cache):
     assert torch.equal(got, want)
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # of what torch.compile compiles
 def test_a_patched_model_compiles_in_one_graph():
     model = build("llama").bfloat16()
     flashpatch.apply(model, on_fallback=forbid)

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from flashpatch_kernels.masks import Band, Mask
 
+# A bias below this hides its key, as -inf does. Models write -1e9, -1e10 or their dtype's lowest
+# number for that, beside which float32 has no digits left for what the key is worth.
+HIDES = -1e7
+
 
 @dataclass(frozen=True)
 class Relative:

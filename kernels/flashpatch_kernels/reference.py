@@ -8,10 +8,7 @@ from torch import Tensor
 
 from flashpatch_kernels import dropout
 from flashpatch_kernels.masks import allowed
-from flashpatch_kernels.options import Options, Relative
-
-# A bias below this hides its key, as -inf does: float32's lowest number is used for that.
-HIDES = -1e38
+from flashpatch_kernels.options import HIDES, Options, Relative
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:

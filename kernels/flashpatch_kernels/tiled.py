@@ -33,7 +33,7 @@ from flashpatch_kernels import dropout
 from flashpatch_kernels.buffers import Buffers
 from flashpatch_kernels.distances import gradients_of_whole, whole_table
 from flashpatch_kernels.masks import Band, Boolean, Intervals, Mask, band_bounds
-from flashpatch_kernels.options import Options, Relative
+from flashpatch_kernels.options import HIDES, Options, Relative
 from flashpatch_kernels.tiled_relative import Term, Tile, largest_matrix
 
 
@@ -48,8 +48,6 @@ class Unit:
 
 BINARY = Unit(math.log2(math.e), Tensor.exp2_, Tensor.log2)
 NATURAL = Unit(1.0, Tensor.exp_, Tensor.log)
-# A score below this hides its key, as -inf does.
-LOWEST = -1e38
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
                 S, _ = heads.scores(Q, rows, j0, j1)
                 m_new = torch.maximum(m, S.amax(-1, keepdim=True))
                 # Finite also for a row that has seen nothing yet: -inf - -inf would be NaN.
-                shift = m_new.clamp(min=LOWEST)
+                shift = m_new.clamp(min=HIDES)
                 P = unit.exp_(S.sub_(shift))
                 alpha = unit.exp_(m - shift)
                 l.mul_(alpha).add_(P.sum(-1, keepdim=True))

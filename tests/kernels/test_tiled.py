@@ -200,7 +200,7 @@ def test_a_sink_takes_the_weight_of_rows_that_see_nothing(sample):
     assert torch.allclose(lse, one.options.sinks[:, None].expand(2, 4, 37))
 
 
-@pytest.mark.parametrize("hidden", [-torch.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("hidden", [-torch.inf, torch.finfo(torch.float32).min, -1e10])
 def test_a_bias_without_bound_hides_its_keys(sample, check, hidden):
     one = sample("full", terms=("bias",), bias_shape=(2, 1, 37))
     with torch.no_grad():

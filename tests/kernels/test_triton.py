@@ -151,13 +151,17 @@ def case(
     return q, k, v, dout, dlse, Options(**options)
 
 
-def biased(shared=(), hidden=()):
-    """A bias [B, H, N, M] of which the dimensions `shared` are one, and where keys are hidden."""
+def biased(shared=(), hidden=(), blind=(), lowest=-3.4e38):
+    """A bias [B, H, N, M] of which the dimensions `shared` are one.
+
+    `lowest` hides the keys `hidden` from all queries, and all keys from the queries `blind`.
+    """
 
     def make(heads, n, m, generator):
         sizes = [1 if at in shared else size for at, size in enumerate((2, heads, n, m))]
         bias = torch.randn(sizes, generator=generator)
-        bias[..., list(hidden)] = torch.finfo(torch.float32).min
+        bias[..., list(hidden)] = lowest
+        bias[..., list(blind), :] = lowest
         return {"bias": bias}
 
     return make
@@ -205,6 +209,7 @@ TERMS = {
     "bias of keys": biased(shared=(2,)),
     "bias of keys alone": biased(shared=(0, 1, 2)),
     "bias that hides": biased(shared=(1, 2), hidden=(0, 3, 4)),
+    "bias that hides all from some": biased(shared=(1,), hidden=(5,), blind=(2, 33), lowest=-1e10),
     "sinks": lambda heads, n, m, generator: {"sinks": torch.randn(heads, generator=generator)},
     "dropout": lambda heads, n, m, generator: {"dropout": 0.3, "seed": torch.tensor([2**61 + 11])},
 }

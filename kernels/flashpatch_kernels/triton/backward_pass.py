@@ -35,6 +35,7 @@ from flashpatch_kernels.triton import (
 )
 from flashpatch_kernels.triton.compiling import kernel
 from flashpatch_kernels.triton.relative_gradients import relative_gradients
+from flashpatch_kernels.triton.row_sums import exact
 from flashpatch_kernels.triton.stats import Shared, compute_stats, load_stats
 from flashpatch_kernels.triton.term_gradients import term_gradients
 
@@ -272,7 +273,7 @@ def dq_kernel(
     What terms want to know of ds goes to SUMS [3, B, H, query tiles]: with SLOPES the sum of -ds
     times the distance; with ENDS the sums beyond the first and the last distance of a table. For
     slopes delta is summed anew beside half precision: that of the output is as exact as the output,
-    and large distances would make much of its error.
+    and large distances would make much of its error. For float32 `row_sums` has done so.
     """
     mask = (left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
             tiles_of, tiles_batch, tiles_head)  # fmt: skip
@@ -343,8 +344,12 @@ def dq_kernel(
         )  # fmt: skip
     if SLOPES or ENDS:
         mean, sloped, product, below, above = sums
+        at = tl.cast(bh, tl.int64) * n_queries + inside
         if DLSE is not None:
-            mean -= tl.load(DLSE + tl.cast(bh, tl.int64) * n_queries + inside)
+            mean -= tl.load(DLSE + at)
+        if q[0].dtype == tl.float32:
+            factor = tl.load(STATS + 2 * n_rows + at)
+            product, below, above = product * factor, below * factor, above * factor
         n_row_tiles = tl.cdiv(n_queries, C.BM)
         at = SUMS + (tl.cast(bh, tl.int64) * n_row_tiles + tile)
         stride = tl.cast(n_batch * n_heads, tl.int64) * n_row_tiles
@@ -380,6 +385,8 @@ def backward(
         dlse = None if dlse is None else dlse.contiguous()
         stats = compute_stats(call, out, dout, lse, dlse)
         shared = Shared(call, terms.terms_of(call, both=True), (q, k, v, dout), stats)
+        if q.dtype == torch.float32 and needs - {"q", "k", "v"}:
+            shared = exact(shared, dlse)
         for name in call.key_passes(needs):
             compute_dkdv(shared, name, written.get("k"), written.get("v"))
         sums = None

@@ -19,7 +19,14 @@ from torch import Tensor
 from flashpatch_kernels.options import Relative
 from flashpatch_kernels.triton import relative, tiles
 from flashpatch_kernels.triton.stats import Shared
-from flashpatch_kernels.triton.sums import Walk, sum_ds
+from flashpatch_kernels.triton.sums import (
+    Walk,
+    key_place,
+    key_steps,
+    query_place,
+    query_steps,
+    sum_ds,
+)
 from flashpatch_kernels.triton.term_gradients import (
     diagonals,
     table_place,
@@ -27,48 +34,6 @@ from flashpatch_kernels.triton.term_gradients import (
     table_sum,
     visible,
 )
-
-
-@triton.jit
-def query_steps(
-    walk, pid, mask, n_batch, n_heads, n_queries, n_keys, WHOLE: tl.constexpr, C: tl.constexpr
-):
-    """How many key tiles a query tile meets at the distances walk[0] .. walk[1]."""
-    m = pid // walk[2] % tl.cdiv(n_queries, C.BM) * C.BM
-    end = tl.maximum(tl.minimum(n_keys, m + C.BM + walk[1]), 0)
-    return 0, tl.maximum(tl.cdiv(end, C.BN) - tl.maximum(m + walk[0], 0) // C.BN, 0)
-
-
-@triton.jit
-def query_place(
-    walk, pid, t, mask, n_batch, n_heads, n_queries, n_keys, WHOLE: tl.constexpr, C: tl.constexpr
-):
-    """Row, head, first query and first key of the t-th tile."""
-    n_tiles = tl.cdiv(n_queries, C.BM)
-    m = pid // walk[2] % n_tiles * C.BM
-    bh = pid // walk[2] // n_tiles
-    return bh // n_heads, bh % n_heads, m, (tl.maximum(m + walk[0], 0) // C.BN + t) * C.BN
-
-
-@triton.jit
-def key_steps(
-    walk, pid, mask, n_batch, n_heads, n_queries, n_keys, WHOLE: tl.constexpr, C: tl.constexpr
-):
-    """How many query tiles a key tile meets at the distances walk[0] .. walk[1]."""
-    n = pid // walk[2] % tl.cdiv(n_keys, C.BN) * C.BN
-    end = tl.maximum(tl.minimum(n_queries, n + C.BN - walk[0]), 0)
-    return 0, tl.maximum(tl.cdiv(end, C.BM) - tl.maximum(n - walk[1], 0) // C.BM, 0)
-
-
-@triton.jit
-def key_place(
-    walk, pid, t, mask, n_batch, n_heads, n_queries, n_keys, WHOLE: tl.constexpr, C: tl.constexpr
-):
-    """Row, head, first query and first key of the t-th tile."""
-    n_tiles = tl.cdiv(n_keys, C.BN)
-    n = pid // walk[2] % n_tiles * C.BN
-    bh = pid // walk[2] // n_tiles
-    return bh // n_heads, bh % n_heads, (tl.maximum(n - walk[1], 0) // C.BM + t) * C.BM, n
 
 
 @triton.jit
@@ -114,7 +79,7 @@ def first_column(E: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def add_query_vectors(acc, ds, p, do, m, n, head, score, C: tl.constexpr):
+def add_query_vectors(acc, p, ds, weights, do, m, n, head, score, C: tl.constexpr):
     """Adds ds' w: [S, EB]."""
     embeddings = relative.query_embeddings(m, n, head, score, C)
     w = relative.window(embeddings, first_column(C.X, C), C.EB, C.X, C)  # [W, EB]
@@ -122,7 +87,7 @@ def add_query_vectors(acc, ds, p, do, m, n, head, score, C: tl.constexpr):
 
 
 @triton.jit
-def add_key_vectors(acc, ds, p, do, m, n, head, score, C: tl.constexpr):
+def add_key_vectors(acc, p, ds, weights, do, m, n, head, score, C: tl.constexpr):
     """Adds ds'^T u: [S, EB]."""
     embeddings = relative.key_embeddings(m, n, head, score, C)
     u = relative.window(embeddings, first_column(C.Y, C), C.EB, C.Y, C)  # [W, EB]
@@ -130,7 +95,7 @@ def add_key_vectors(acc, ds, p, do, m, n, head, score, C: tl.constexpr):
 
 
 @triton.jit
-def add_query_embeddings(acc, ds, p, do, m, n, head, score, C: tl.constexpr):
+def add_query_embeddings(acc, p, ds, weights, do, m, n, head, score, C: tl.constexpr):
     """Adds ds'^T x: [W, EB]."""
     of_head = relative.query_vectors(head, score, C)
     x = relative.vectors(of_head, m, score[5], first_column(C.X, C), C.BM, C.EB, C.X)  # [S, EB]
@@ -138,7 +103,7 @@ def add_query_embeddings(acc, ds, p, do, m, n, head, score, C: tl.constexpr):
 
 
 @triton.jit
-def add_key_embeddings(acc, ds, p, do, m, n, head, score, C: tl.constexpr):
+def add_key_embeddings(acc, p, ds, weights, do, m, n, head, score, C: tl.constexpr):
     """Adds ds' y: [W, EB]."""
     of_head = relative.key_vectors(head, score, C)
     y = relative.vectors(of_head, n, score[6], first_column(C.Y, C), C.BN, C.EB, C.Y)  # [S, EB]
@@ -146,9 +111,9 @@ def add_key_embeddings(acc, ds, p, do, m, n, head, score, C: tl.constexpr):
 
 
 @triton.jit
-def add_value_embeddings(acc, ds, p, do, m, n, head, score, C: tl.constexpr):
+def add_value_embeddings(acc, p, ds, weights, do, m, n, head, score, C: tl.constexpr):
     """Adds p'^T dO: [W, V0], [W, V1]."""
-    return tiles.add_product(acc, relative.by_query_and_distance(p, C).T, do, C)
+    return tiles.add_product(acc, relative.by_query_and_distance(weights, C).T, do, C)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ def no_ds(C: tl.constexpr):
 
 
 @triton.jit
-def add_ds(acc, ds, weights, do, m, n, head, score, C: tl.constexpr):
+def add_ds(acc, p, ds, weights, do, m, n, head, score, C: tl.constexpr):
     """The sum of ds itself."""
     return acc + ds
 
@@ -43,8 +43,8 @@ class Walk(NamedTuple):
         numbers: What the functions are given as `walk`.
         n_programs: In all.
         start: (C) -> the sum of no tiles.
-        add: (acc, ds, weights, dO, m, n, head, score, C) -> the sum with the tile that begins at m
-            and n; its weights are what v was multiplied by.
+        add: (acc, p, ds, weights, dO, m, n, head, score, C) -> the sum with the tile that begins at
+            m and n; its weights are what v was multiplied by.
     """
 
     steps: Any
@@ -55,6 +55,48 @@ class Walk(NamedTuple):
     n_programs: int
     start: Any = no_ds
     add: Any = add_ds
+
+
+@triton.jit
+def query_steps(
+    walk, pid, mask, n_batch, n_heads, n_queries, n_keys, WHOLE: tl.constexpr, C: tl.constexpr
+):
+    """How many key tiles a query tile meets at the distances walk[0] .. walk[1]."""
+    m = pid // walk[2] % tl.cdiv(n_queries, C.BM) * C.BM
+    end = tl.maximum(tl.minimum(n_keys, m + C.BM + walk[1]), 0)
+    return 0, tl.maximum(tl.cdiv(end, C.BN) - tl.maximum(m + walk[0], 0) // C.BN, 0)
+
+
+@triton.jit
+def query_place(
+    walk, pid, t, mask, n_batch, n_heads, n_queries, n_keys, WHOLE: tl.constexpr, C: tl.constexpr
+):
+    """Row, head, first query and first key of the t-th tile."""
+    n_tiles = tl.cdiv(n_queries, C.BM)
+    m = pid // walk[2] % n_tiles * C.BM
+    bh = pid // walk[2] // n_tiles
+    return bh // n_heads, bh % n_heads, m, (tl.maximum(m + walk[0], 0) // C.BN + t) * C.BN
+
+
+@triton.jit
+def key_steps(
+    walk, pid, mask, n_batch, n_heads, n_queries, n_keys, WHOLE: tl.constexpr, C: tl.constexpr
+):
+    """How many query tiles a key tile meets at the distances walk[0] .. walk[1]."""
+    n = pid // walk[2] % tl.cdiv(n_keys, C.BN) * C.BN
+    end = tl.maximum(tl.minimum(n_queries, n + C.BN - walk[0]), 0)
+    return 0, tl.maximum(tl.cdiv(end, C.BM) - tl.maximum(n - walk[1], 0) // C.BM, 0)
+
+
+@triton.jit
+def key_place(
+    walk, pid, t, mask, n_batch, n_heads, n_queries, n_keys, WHOLE: tl.constexpr, C: tl.constexpr
+):
+    """Row, head, first query and first key of the t-th tile."""
+    n_tiles = tl.cdiv(n_keys, C.BN)
+    n = pid // walk[2] % n_tiles * C.BN
+    bh = pid // walk[2] // n_tiles
+    return bh // n_heads, bh % n_heads, (tl.maximum(n - walk[1], 0) // C.BM + t) * C.BM, n
 
 
 @triton.jit
@@ -140,7 +182,7 @@ def sums_step(
         kept = dropout.kept(inside_i, inside_j, batch * n_heads + head, drop)
         dp = tl.where(kept, dp * drop[2], 0.0)
         weights = tl.where(kept, p * drop[2], 0.0)
-    return ADD(acc, p * (dp - delta[:, None]), weights, do, m, n, head, score, C)
+    return ADD(acc, p, p * (dp - delta[:, None]), weights, do, m, n, head, score, C)
 
 
 @kernel

@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashpatch_kernels.options import HIDES
 from flashpatch_kernels.triton import launching
 from flashpatch_kernels.triton.compiling import kernel
-from flashpatch_kernels.triton.tiles import LOWEST
 from flashpatch_kernels.tuning import Tile
 
+HIDDEN = tl.constexpr(HIDES)
 # How far copies reach beyond the ends: the most rows or columns of a tile, and 8 for rounding.
 REACH = tl.constexpr(136)
 TILE = 128
@@ -130,6 +131,6 @@ def copies_kernel(
     x = tl.load(TABLE + tl.cast(table % n_heads, tl.int64) * entries + at).to(tl.float32)
     if HALF:
         # Beyond the range of half precision a bias stays finite, unless it hides its keys.
-        x = tl.where(x < LOWEST, float("-inf"), tl.minimum(tl.maximum(x, -65504.0), 65504.0))
+        x = tl.where(x < HIDDEN, float("-inf"), tl.minimum(tl.maximum(x, -65504.0), 65504.0))
     to = COPIES + tl.cast(copy, tl.int64) * row + y
     tl.store(to, x.to(COPIES.dtype.element_ty), mask=y < row)

@@ -308,6 +308,11 @@ def visible(mask: object, low: int, high: int) -> tuple[int, int]:
 
 
 def sinks_gradient(stats: Tensor, sinks: Tensor) -> Tensor:
-    """The gradient of the sinks [H]: their weight is 2^(sink - lse) and their value 0."""
+    """The gradient of the sinks [H], whose value is 0."""
+    return -(sink_weights(stats, sinks) * stats[1]).sum((0, 2)).to(sinks.dtype)
+
+
+def sink_weights(stats: Tensor, sinks: Tensor) -> Tensor:
+    """The weight 2^(sink - lse) of a sink for every query: [B, H, N]."""
     weights = torch.exp2(sinks.float()[:, None] * launching.LOG2E - stats[0])
-    return -(weights * stats[1]).sum((0, 2)).to(sinks.dtype)
+    return weights * stats[2] if len(stats) == 3 else weights

@@ -5,12 +5,16 @@ on padding: every operand and accumulator is a tuple of one or two tiles, its ch
 W0 and W1 (0 where one chunk is enough).
 """
 
+import math
+
 import triton
 import triton.language as tl
 
+from flashpatch_kernels.options import HIDES
+
 LOG2E = tl.constexpr(1.4426950408889634)
-# A score below this, in base 2, hides its key, as -inf does.
-LOWEST = tl.constexpr(-1.0e38)
+# The running maximum's start, in base 2: what is far below it is as hidden as -inf.
+LOWEST = tl.constexpr(HIDES * math.log2(math.e))
 
 
 @triton.jit
