@@ -104,7 +104,12 @@ def build(model_type: str, row: Row, seed: int = 0) -> Any:
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 module.weight.normal_()
-    return model.float().train(row.training)
+    model.float().train(row.training)
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):  # which cuDNN differentiates in training only
+            module.train()
+            module.dropout = 0.0
+    return model
 
 
 @dataclass(frozen=True)

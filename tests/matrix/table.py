@@ -14,14 +14,15 @@ from matrix.rows import (
     vision,
 )
 
-NEWEST: dict[str, Row] = {
-    **audio.ROWS,
-    **audio_n_to_z.ROWS,
-    **long_texts.ROWS,
-    **multimodal.ROWS,
-    **multimodal_h_to_z.ROWS,
-    **other.ROWS,
-    **text.ROWS,
-    **vision.ROWS,
-}
+FILES = (
+    audio,
+    audio_n_to_z,
+    long_texts,
+    multimodal,
+    multimodal_h_to_z,
+    other,
+    text,
+    vision,
+)
+NEWEST: dict[str, Row] = {name: row for file in FILES for name, row in file.ROWS.items()}
 ROWS = older.as_before(transformers.__version__, NEWEST)

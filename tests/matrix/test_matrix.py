@@ -12,7 +12,7 @@ import torch
 import transformers
 from matrix import models
 from matrix.rows.older import is_older
-from matrix.table import ROWS
+from matrix.table import FILES, NEWEST, ROWS
 from transformers import CONFIG_MAPPING
 
 import flashpatch
@@ -47,6 +47,10 @@ RAISE_WITH_CHECKPOINTS = {
 @pytest.mark.skipif(is_older(transformers.__version__), reason="rows are of newer types too")
 def test_every_row_is_of_a_model_type():
     assert set(ROWS) <= set(CONFIG_MAPPING)
+
+
+def test_no_file_of_rows_has_what_another_has():
+    assert len(NEWEST) == sum(len(file.ROWS) for file in FILES)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # models warn of much, once a process

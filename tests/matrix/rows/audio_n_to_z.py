@@ -1,10 +1,12 @@
 """Speech, music and what listens, N to Z."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from matrix.inputs import BATCH, LENGTH, draw, inputs_by_name, look, tokens
 from matrix.row import Row
+from matrix.rows.audio import HEARING, UNHEARD
 from torch import Tensor
 from transformers import ViTConfig
 
@@ -83,9 +85,11 @@ def film() -> dict[str, Any]:
 # Qwen's three axes of positions for heads of 8, and windows of two chunks of a hundred frames.
 SECTIONS = {"rope_theta": 1000000.0, "rope_type": "default", "mrope_section": [2, 1, 1]}
 FEW_CHUNKS = {"n_window_infer": 200}
+# Chunks of a power of two: a GPU divides lengths by multiplying, and finds more than 5 in 300 / 60.
+SHORT_CHUNKS = {"n_window": 32}
 OMNI_THINKER = {
     "vision_start_token_id": 98,
-    "audio_config": {"n_window": 30},
+    "audio_config": SHORT_CHUNKS,
     "vision_config": {"fullatt_block_indexes": [1]},
     "text_config": {"rope_parameters": SECTIONS},
 }
@@ -362,7 +366,7 @@ ROWS: dict[str, Row] = {
         },
         because="it has no `forward`: its parts are called one by one",
     ),
-    "qwen2_5_omni_audio_encoder": Row(config={"n_window": 30}, inputs=chunks),
+    "qwen2_5_omni_audio_encoder": Row(config=SHORT_CHUNKS, inputs=chunks),
     "qwen2_5_omni_dit": Row(
         config=DIT,
         inputs=lambda model: {
@@ -433,7 +437,7 @@ ROWS: dict[str, Row] = {
         because=f"{TEXT_FIRST}, and eager attention adds their mask of chunks, which is boolean",
     ),
     "sew": SPEAKING,
-    "sew-d": SPEAKING,
+    "sew-d": replace(SPEAKING, config={**SPEECH, "position_buckets": 8}),
     "speech-encoder-decoder": Row(
         config={"encoder": SPEECH, "decoder_start_token_id": 1},
         inputs=lambda model: {"input_values": draw(BATCH, 400), "decoder_input_ids": tokens(6)},
@@ -462,22 +466,6 @@ ROWS: dict[str, Row] = {
         },
         calls={"get_audio_features": None},
         because="its sound meets no attention",
-    ),
-    "vits": Row(
-        config={
-            "vocab_size": 99,
-            "upsample_initial_channel": 16,
-            "upsample_rates": [2, 2],
-            "upsample_kernel_sizes": [4, 4],
-            "resblock_kernel_sizes": [3],
-            "resblock_dilation_sizes": [[1, 3]],
-            "prior_encoder_num_flows": 1,
-            "duration_predictor_num_flows": 2,
-            "flow_size": 32,
-            "spectrogram_bins": 17,
-            "duration_predictor_filter_channels": 32,
-        },
-        more=lambda model: {"speaking_rate": 1000.0},
     ),
     "voxtral": Row(
         config={"audio_config": {"intermediate_size": 128}},
@@ -533,13 +521,11 @@ ROWS: dict[str, Row] = {
         config={
             "codebook_dim": 64,
             "acoustic_model_config": {"encoder_hidden_size": 2},
-            "semantic_model_config": {
-                "conv_dim": [16] * 7,
-                "num_conv_pos_embeddings": 16,
-                "num_conv_pos_embedding_groups": 4,
-            },
+            "semantic_model_config": HEARING,
         },
         inputs=lambda model: {"input_values": draw(BATCH, 1, 3200)},
+        calls={"semantic_model": lambda model: {"input_values": draw(BATCH, 3200)}},
+        because=UNHEARD,
     ),
     "xcodec2": CODEC,
 }

@@ -8,12 +8,20 @@ from matrix.row import Row
 from torch import Tensor
 
 IMAGE = 70  # the token that stands for an image's features: none that is drawn
+AUDIO = 90  # and that for a sound's
 
 
 def around_image(count: int, seed: int = 1) -> Tensor:
     """Tokens of text, and between them as many as an image has features."""
     ids = tokens(count + 12, seed)
     ids[:, 6 : 6 + count] = IMAGE
+    return ids
+
+
+def seen_and_heard() -> Tensor:
+    """Tokens of text, and between them an image of four and a sound of four."""
+    ids = around_image(8)
+    ids[:, 10:14] = AUDIO
     return ids
 
 
@@ -73,6 +81,12 @@ GEMMA3N = {
     "vocab_size_per_layer_input": 99,
     "laurel_rank": 8,
     "intermediate_size": 48,
+}
+GEMMA3N_AUDIO = {
+    "conf_attention_chunk_size": 4,
+    "conf_attention_context_left": 5,
+    "input_feat_size": 16,
+    "sscp_conv_channel_size": [8, 4],
 }
 PATCHES = {
     "patch_size": 4,
@@ -381,14 +395,32 @@ ROWS: dict[str, Row] = {
             "token_type_ids": (around_image(4) == IMAGE).long(),
         },
     ),
-    "gemma3n": Row(needs="timm"),
-    "gemma3n_audio": Row(
+    "gemma3n": Row(
+        needs="timm",
         config={
-            "conf_attention_chunk_size": 4,
-            "conf_attention_context_left": 5,
-            "input_feat_size": 16,
-            "sscp_conv_channel_size": [8, 4],
+            "audio_soft_tokens_per_image": 4,
+            "audio_token_id": AUDIO,
+            "image_token_id": IMAGE,
+            "vision_soft_tokens_per_image": 4,
+            "audio_config": {**GEMMA3N_AUDIO, "vocab_offset": 80, "vocab_size": 19},
+            "text_config": GEMMA3N,
+            "vision_config": {
+                "architecture": "convnext_atto",
+                "image_size": 64,
+                "model_args": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 32]},
+                "vocab_offset": 64,
+                "vocab_size": 16,
+            },
         },
+        inputs=lambda model: {
+            "input_ids": seen_and_heard(),
+            "pixel_values": pixels(model),
+            "input_features": draw(BATCH, 40, 16),
+            "input_features_mask": torch.arange(40) < torch.tensor([[40], [28]]),
+        },
+    ),
+    "gemma3n_audio": Row(
+        config=GEMMA3N_AUDIO,
         inputs=lambda model: {
             "audio_mel": draw(BATCH, 40, 16),
             "audio_mel_mask": torch.arange(40) >= torch.tensor([[40], [28]]),

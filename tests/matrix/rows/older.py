@@ -14,7 +14,7 @@ from matrix.row import Row
 from matrix.rows.audio import ENCODEC, MUSICGEN
 from matrix.rows.audio_n_to_z import IMAGES
 from packaging.version import Version
-from transformers import CONFIG_MAPPING, Sam2VideoMaskDecoderConfig
+from transformers import CONFIG_MAPPING, EdgeTamMaskDecoderConfig, Sam2VideoMaskDecoderConfig
 
 Changes = Mapping[str, Any]
 
@@ -57,7 +57,15 @@ BEFORE_5_23: Mapping[str, Changes] = {
             }
         }
     },
-    "edgetam": TIMM,
+    "edgetam": {
+        "config": {
+            "from_scratch": True,
+            "vision_config": {"fpn_hidden_size": 32, "has_no_defaults_at_init": True},
+            "prompt_encoder_config": {"hidden_size": 32},
+            "mask_decoder_config": small_values(EdgeTamMaskDecoderConfig()),
+        },
+        "because": "its default config is read from the Hub, even to print another",
+    },
     "gemma4_audio": {
         "reference": "sdpa",
         "because": "eager attention is given numbers, and negates them",
@@ -118,7 +126,19 @@ BEFORE_5_23: Mapping[str, Changes] = {
             "vision_config": IMAGES,
         }
     },
-    "perception_lm": TIMM,
+    "perception_lm": {
+        **TIMM,
+        "config": {
+            "vision_use_cls_token": True,
+            "vision_config": {
+                "model_type": "timm_wrapper",
+                "architecture": "vit_tiny_patch16_224",
+                "model_args": {"depth": 2, "img_size": 64, "num_heads": 4},
+            },
+        },
+        "left": ("Attention",),
+        "because": "Its vision tower is one of timm's, whatever its config says, with attention.",
+    },
     "qwen3_omni_moe": {
         "calls": {
             "talker": lambda model: {

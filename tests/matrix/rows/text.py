@@ -51,20 +51,6 @@ def blt_decoder(model: Any) -> dict[str, Any]:
     }
 
 
-def trajectory(model: Any) -> dict[str, Any]:
-    steps = 6
-    mask = torch.ones(BATCH, steps, dtype=torch.long)
-    mask[1, :2] = 0
-    return {
-        "states": draw(BATCH, steps, model.config.state_dim),
-        "actions": draw(BATCH, steps, model.config.act_dim),
-        "rewards": draw(BATCH, steps, 1),
-        "returns_to_go": draw(BATCH, steps, 1),
-        "timesteps": torch.arange(steps).expand(BATCH, -1),
-        "attention_mask": mask,
-    }
-
-
 def documents(model: Any) -> dict[str, Any]:
     """What RAG has retrieved for each question."""
     n = model.config.n_docs
@@ -148,7 +134,6 @@ ROWS: dict[str, Row] = {
         },
     ),
     "dbrx": Row({"attn_config": {"clip_qkv": 8.0, "rope_theta": 10000.0}}),
-    "decision_transformer": Row({"max_ep_len": 16}, inputs=trajectory),
     "deepseek_v2": Row({"num_experts_per_tok": 2}),
     "deepseek_v32": Row({"index_topk": 4, "mlp_layer_types": DENSE_AND_SPARSE}),
     "deepseek_v4": Row(

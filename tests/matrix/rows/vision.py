@@ -6,7 +6,6 @@ import torch
 from matrix.inputs import BATCH, draw, inputs_by_name, look, pixels, side, tokens
 from matrix.row import Row
 from torch import Tensor
-from transformers import ViTConfig
 
 # Tiny backbones of four stages.
 STAGES = [f"stage{i}" for i in range(1, 5)]
@@ -446,19 +445,6 @@ ROWS: dict[str, Row] = {
             "task_inputs": tokens(8),
             "text_inputs": torch.stack([tokens(8), tokens(8, seed=3)], 1),
         },
-    ),
-    "pe_video_encoder": Row(
-        config={
-            "vision_config": ViTConfig(
-                hidden_size=32,
-                image_size=32,
-                intermediate_size=48,
-                num_attention_heads=2,
-                num_hidden_layers=1,
-                num_labels=32,
-                patch_size=16,
-            )
-        }
     ),
     "pp_doclayout_v2": Row(
         config={
