@@ -213,8 +213,8 @@ def compile_launch(launch: Launch, capability: int = 90) -> Any:
     for at, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=True)):
         signature[name] = kind(value, (at,), fixed=name in constant)
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=launching.compile_options(tile))
 
 
 def resources(compiled: Any) -> Resources:

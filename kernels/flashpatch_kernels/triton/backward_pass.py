@@ -414,7 +414,7 @@ def compute_dkdv(shared: Shared, name: tuning.Pass, dk: Tensor | None, dv: Tenso
     dk = inputs[1] if dk is None else dk
     dv = inputs[2] if dv is None else dv
     lists = tile_lists.query_lists(call.mask, tile, group, n_queries, n_keys)
-    n_tiles = triton.cdiv(n_keys, tile.BN)
+    n_tiles = launching.cdiv(n_keys, tile.BN)
     launching.launch(
         dkdv_kernel,
         n_tiles * n_batch * (n_heads // group),
@@ -443,7 +443,7 @@ def compute_dq(
     call, added, inputs, stats = shared
     n_batch, n_heads, group, n_queries, n_keys = call.sizes
     tile, fixed = call.tuned("dq")
-    n_tiles = triton.cdiv(n_queries, tile.BM)
+    n_tiles = launching.cdiv(n_queries, tile.BM)
     sums = torch.empty((3, n_batch, n_heads, n_tiles), dtype=torch.float32, device=stats.device)
     launching.launch(
         dq_kernel,

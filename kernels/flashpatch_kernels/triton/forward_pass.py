@@ -170,7 +170,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     q, k, v = (launching.readable(t) for t in (q, k, v))
     call = launching.Setup.of(q, k, v, (out,), options)
     tile, fixed = call.tuned("forward")
-    n_tiles = triton.cdiv(n_queries, tile.BM)
+    n_tiles = launching.cdiv(n_queries, tile.BM)
     with launching.on(q.device):
         added = terms.terms_of(call, both=False)
         launching.launch(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -184,7 +185,14 @@ def readable(t: Tensor) -> Tensor:
 
 def strides(t: Tensor) -> list[int]:
     """Batch, head and row strides of (B, H, N, D); 0 where a dimension has one entry or none."""
-    return [stride if n > 1 else 0 for stride, n in zip(t.stride(), t.shape[:3], strict=False)]
+    batch, head, row, _ = t.stride()
+    n_batch, n_heads, n_rows, _ = t.shape
+    return [batch if n_batch > 1 else 0, head if n_heads > 1 else 0, row if n_rows > 1 else 0]
+
+
+def cdiv(n: int, size: int) -> int:
+    """How many parts of this size cover n; Triton's own takes longer than what it is for."""
+    return -(-n // size)
 
 
 @dataclass(frozen=True)
@@ -226,7 +234,7 @@ class Setup:
             options,
         )
 
-    @property
+    @cached_property
     def question(self) -> tuning.Question:
         """What decides about tiles."""
         o = self.options
@@ -246,7 +254,7 @@ class Setup:
         size = max(self.head_sizes)
         return tuning.Question(self.architecture, self.dtype, size, self.unit > 1, kind)
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether a score is its product times a positive factor."""
         o = self.options
@@ -259,7 +267,7 @@ class Setup:
         score = self.options.score
         return 0 if score is None else 1 if score.derivative is None else 2
 
-    @property
+    @cached_property
     def vector_sizes(self) -> tuple[int, int, int]:
         """The sizes of vectors by distance: of queries, of keys, of values; 0 without."""
         o = self.options
@@ -299,18 +307,18 @@ class Setup:
 
     def tuned(self, name: tuning.Pass) -> tuple[Tile, Constants]:
         """The tile of a pass, and what it is compiled for."""
-        d, dv = self.head_sizes
         tile = tuning.tile(self.question, name)
-        fixed = Constants(
-            *(d, dv, *chunks(d), *chunks(dv)),
-            *(tile.BM, tile.BN, self.unit, tile.tma and self.unit > 1),
-            *(precision(self.dtype), self.plain, self.options.softcap is not None),
-            *(self.dtype != torch.float32 and NVIDIA, bool(self.options.dropout), self.far),
-            max(1, tile.stages - 1) if self.far else None,
+        return tile, constants(tile, name, self.head_sizes, self.unit, *self.kinds)
+
+    @cached_property
+    def kinds(self) -> tuple[Any, ...]:
+        """What else kernels are compiled for, in the order in which `Constants` has it."""
+        products = (precision(self.dtype), self.plain, self.options.softcap is not None)
+        approximate = self.dtype != torch.float32 and NVIDIA
+        return (
+            *(*products, approximate, bool(self.options.dropout), self.far),
             *(self.own, *self.vector_sizes),
-            *(2 * max(tile.BM, tile.BN), 64 if name == "sums" else 32),
         )
-        return tile, fixed
 
     def strides(self, *tensors: Tensor) -> list[int]:
         """Three strides of each tensor, in units."""
@@ -325,7 +333,7 @@ class Setup:
             sharers: Heads that read the same rows.
         """
         fit = tuning.WAVE_BYTES // (n_rows * sum(self.head_sizes) * self.dtype.itemsize)
-        fill = triton.cdiv(tuning.WAVE_PROGRAMS, n_tiles * sharers)
+        fill = cdiv(tuning.WAVE_PROGRAMS, n_tiles * sharers)
         return max(fit, fill) * sharers
 
     def key_passes(self, needs: frozenset[str]) -> tuple[tuning.Pass, ...]:
@@ -333,6 +341,21 @@ class Setup:
         if not {"k", "v"} <= needs:
             return ("dk",) if "k" in needs else ("dv",) if "v" in needs else ()
         return ("dkdv",) if tuning.has_tile(self.question, "dkdv") else ("dk", "dv")
+
+
+@lru_cache
+def constants(
+    tile: Tile, name: tuning.Pass, sizes: tuple[int, int], unit: int, *kinds: Any
+) -> Constants:
+    """What a pass is compiled for; asked for several times in every call."""
+    d, dv = sizes
+    *before, far = kinds[:6]
+    return Constants(
+        *(d, dv, *chunks(d), *chunks(dv)),
+        *(tile.BM, tile.BN, unit, tile.tma and unit > 1),
+        *(*before, far, max(1, tile.stages - 1) if far else None, *kinds[6:]),
+        *(2 * max(tile.BM, tile.BN), 64 if name == "sums" else 32),
+    )
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -349,7 +372,7 @@ def launch(kernel: Any, n_programs: int, tile: Tile, *arguments: Any) -> Any:
     """Runs a kernel on the current device, all programs in the grid's first and largest dimension.
 
     What was compiled is kept by what it was compiled for, and run without Triton's own look at each
-    argument: a launch then costs a slow CPU 25 us instead of 80.
+    argument: a launch then costs a slow CPU 20 us instead of 80.
 
     Returns:
         What was compiled for it; nothing under the interpreter.
@@ -358,47 +381,50 @@ def launch(kernel: Any, n_programs: int, tile: Tile, *arguments: Any) -> Any:
         triton.set_allocator(scratch)
     if INTERPRET:
         return kernel[(n_programs,)](*arguments)
-    constants = _CONSTANTS.get(id(kernel))
-    if constants is None:
-        constants = tuple(parameter.is_constexpr for parameter in kernel.params)
-        _CONSTANTS[id(kernel)] = constants
-    kinds = (
-        _constant(x) if constant else _kind(x)
-        for x, constant in zip(arguments, constants, strict=True)
+    n = _VARIABLE.get(id(kernel))
+    if n is None:
+        n = sum(not parameter.is_constexpr for parameter in kernel.params)
+        _VARIABLE[id(kernel)] = n
+    fixed = arguments[n:]
+    key = (
+        *(id(kernel), arguments[0].device, tile),
+        # A loop within, because most are numbers and a call for each takes as long as the launch.
+        *[x.bit_length() > 31 if type(x) is int else _kind(x) for x in arguments[:n]],
+        *[x if type(x) in _PLAIN else _constant(x) for x in fixed],
     )
-    key = (id(kernel), arguments[0].device, tile, *kinds)
     known = _COMPILED.get(key)
     if known is not None:
         known[0][(n_programs, 1, 1)](*arguments)
         return known[0]
-    compiled = kernel[(n_programs,)](
-        *arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True
-    )
+    compiled = kernel[(n_programs,)](*arguments, **compile_options(tile))
     # The functions among the arguments live as long as their names in the key.
-    functions = [x for x, constant in zip(arguments, constants, strict=True) if constant]
-    _COMPILED[key] = compiled, functions
+    _COMPILED[key] = compiled, fixed
     return compiled
 
 
+def compile_options(tile: Tile) -> dict[str, Any]:
+    """What Triton is told beside a kernel and its arguments."""
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    return options if tile.registers is None else {**options, "maxnreg": tile.registers}
+
+
 # Compiled kernels, and the constants that they were compiled for, by all that decides about them.
-_COMPILED: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
-# Which of a kernel's arguments are constants.
-_CONSTANTS: dict[int, tuple[bool, ...]] = {}
-_PLAIN = (int, str, bool, float, type(None))
+_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+# How many of a kernel's arguments are none, which come first.
+_VARIABLE: dict[int, int] = {}
 
 
 def _constant(x: Any) -> Any:
     """A constant by its value, a function by its identity: Triton's hash of one takes long."""
-    if type(x) in _PLAIN or isinstance(x, Constants):
-        return x
-    return tuple(map(_constant, x)) if type(x) is tuple else id(x)
+    return tuple(map(_constant, x)) if type(x) is tuple else x if type(x) in _PLAIN else id(x)
 
 
 def _kind(x: Any) -> Any:
-    """What of an argument a kernel is compiled for."""
+    """What of an argument a kernel is compiled for, beside the size of a number."""
     kind = type(x)
-    if kind is int:
-        return x.bit_length() > 31
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
-    return tuple(map(_kind, x)) if kind is tuple else kind
+    if kind is tuple:
+        return tuple(map(_kind, x))
+    return (x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else kind
+
+
+_PLAIN = frozenset((int, str, bool, float, type(None), Constants))

@@ -82,7 +82,7 @@ def compute_stats(
     stats = torch.empty(2, *lse.shape, dtype=torch.float32, device=lse.device)
     launching.launch(
         stats_kernel,
-        triton.cdiv(n_queries, tile.BM) * n_batch * n_heads,
+        launching.cdiv(n_queries, tile.BM) * n_batch * n_heads,
         tile,
         *(out, dout, lse.contiguous(), dlse, stats),
         *call.strides(out, dout),

@@ -105,7 +105,7 @@ def copies_of(table: Tensor, first: int, rows: int, dtype: torch.dtype, *, both:
     tile = Tile(8, 1024, 4, 1)
     launching.launch(
         copies_kernel,
-        copies.shape[0] * n_heads * (rows // tile.BM) * triton.cdiv(row, tile.BN),
+        copies.shape[0] * n_heads * (rows // tile.BM) * launching.cdiv(row, tile.BN),
         tile,
         *(table.contiguous(), copies, n_heads, rows, row, first, entries),
         *(kind == torch.float16, tile.BM, tile.BN),

@@ -244,10 +244,10 @@ def bias_gradient(shared: Shared, bias: Tensor) -> Tensor:
     rows, heads, n_rows, _ = bias.shape
     tile, _ = shared.call.tuned("sums")
     out = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
-    n_programs = rows * heads * triton.cdiv(n_keys, tile.BN)
+    n_programs = rows * heads * launching.cdiv(n_keys, tile.BN)
     functions, fixed = (keys_steps, keys_place, keys_finish), None
     if n_rows == n_queries > 1:
-        n_programs *= triton.cdiv(n_queries, tile.BM)
+        n_programs *= launching.cdiv(n_queries, tile.BM)
         # Of one tile of the bias, the last of the terms but for a user's function.
         functions, fixed = (
             (pairs_steps, pairs_place, pairs_finish),
@@ -276,7 +276,7 @@ def table_gradient(shared: Shared, table: Tensor, ends: Tensor | None) -> Tensor
     width = 128
     launching.launch(
         entries_kernel,
-        n_heads * triton.cdiv(entries, width),
+        n_heads * launching.cdiv(entries, width),
         tile._replace(warps=4, stages=1, tma=False),
         *(sums, ends, out, first, entries, n_batch, n_heads),
         *(0 if ends is None else ends.shape[3], first_diagonal, n_diagonals, n_chunks),
@@ -295,8 +295,8 @@ def diagonals(call: launching.Setup, low: int, high: int) -> tuple[int, int, int
     low, high = visible(call.options.mask, low, high)
     first = -((tile.BN - 1 - low) // tile.BN)
     number = max(0, (high + tile.BM - 1) // tile.BN - first + 1)
-    chunks = triton.cdiv(PROGRAMS, max(1, n_heads * number))
-    return first, number, min(chunks, n_batch * triton.cdiv(min(n_queries, n_keys), tile.BM))
+    chunks = launching.cdiv(PROGRAMS, max(1, n_heads * number))
+    return first, number, min(chunks, n_batch * launching.cdiv(min(n_queries, n_keys), tile.BM))
 
 
 def visible(mask: object, low: int, high: int) -> tuple[int, int]:

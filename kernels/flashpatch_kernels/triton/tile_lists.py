@@ -4,7 +4,6 @@ Letters: N queries, M keys, tiles of BM queries and BN keys.
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from flashpatch_kernels.triton import launching, tile_masks
@@ -37,7 +36,7 @@ def query_lists(
     if bounds is None:
         return None
     runs, runs_batch = mask.runs
-    n_key_tiles = triton.cdiv(n_keys, tile.BN)
+    n_key_tiles = launching.cdiv(n_keys, tile.BN)
     seen = bounds.new_empty(mask.n_masks[0], 1, n_key_tiles, 4)
     launching.launch(
         tile_masks.query_tiles_kernel,
@@ -53,7 +52,7 @@ def states(mask: launching.MaskCode, tile: Tile, n_queries: int, n_keys: int) ->
     """How much of a tile is seen, 0 nothing, 1 a part, 2 all: [B|1, H|1, query, key tiles]."""
     allowed, *strides = mask.bounds
     assert allowed is not None
-    shape = (*mask.n_masks, triton.cdiv(n_queries, tile.BM), triton.cdiv(n_keys, tile.BN))
+    shape = (*mask.n_masks, launching.cdiv(n_queries, tile.BM), launching.cdiv(n_keys, tile.BN))
     found = allowed.new_empty(shape, dtype=torch.int8)
     launching.launch(
         tile_masks.states_kernel,
