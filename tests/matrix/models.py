@@ -104,9 +104,14 @@ def build(model_type: str, row: Row, seed: int = 0) -> Any:
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 module.weight.normal_()
-    model.float().train(row.training)
+    return set_training(model.float(), training=row.training)
+
+
+def set_training(model: Any, *, training: bool) -> Any:
+    """Sets the mode of all but recurrent layers, which cuDNN differentiates in training only."""
+    model.train(training)
     for module in model.modules():
-        if isinstance(module, nn.RNNBase):  # which cuDNN differentiates in training only
+        if isinstance(module, nn.RNNBase):
             module.train()
             module.dropout = 0.0
     return model
@@ -225,7 +230,7 @@ def step(model: Any, call: Call) -> Step:
     # what a model keeps while it is not trained would hold the graph of the step before
     training = model.training
     model.train()
-    model.train(training)
+    set_training(model, training=training)
     outputs = dict(tensors_of(call.run(model)))
     mask = call.arguments.get("attention_mask")
     if mask is not None and mask.ndim == 2:

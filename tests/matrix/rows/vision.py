@@ -430,8 +430,8 @@ ROWS: dict[str, Row] = {
     "oneformer": Row(
         config={
             "backbone_config": SWIN_OF_FOUR,
-            "conv_dim": 32,
-            "mask_dim": 32,
+            "conv_dim": 64,
+            "mask_dim": 64,
             "num_queries": 5,
             "task_seq_len": 8,
             "is_training": True,
