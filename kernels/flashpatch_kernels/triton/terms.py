@@ -1,7 +1,6 @@
 """The terms of a call, from its options to what kernels are composed of."""
 
 import hashlib
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -54,10 +53,16 @@ class Composed(NamedTuple):
         return Composed(opens, adds, far_adds, pointers, _code(*opens, *adds))
 
 
-@lru_cache
 def _code(*functions: Any) -> str:
-    keys = "".join(getattr(function, "cache_key", "") for function in functions)
-    return hashlib.sha256(keys.encode()).hexdigest()[:16]
+    key = tuple(map(id, functions))
+    if key not in _CODES:
+        keys = "".join(getattr(function, "cache_key", "") for function in functions)
+        _CODES[key] = hashlib.sha256(keys.encode()).hexdigest()[:16], functions
+    return _CODES[key][0]
+
+
+# By identity, because Triton's hash of a function takes long; they live as long as their key.
+_CODES: dict[tuple[int, ...], tuple[str, tuple[Any, ...]]] = {}
 
 
 class Terms(NamedTuple):
