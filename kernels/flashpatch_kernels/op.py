@@ -82,7 +82,8 @@ def attention(
             end: T5's table needs no more entries than its buckets tell apart. None: the table has
             all N + M - 1 distances, and begins at 1 - N.
         slopes: ALiBi's: adds -slopes[h] |i + M - N - j|.
-        bias: Added to the scores. One below -1e7 hides its key, as -inf does.
+        bias: Added to the scores. One below -1e7 hides its key, as -inf does; a query of which that
+            hides all keys gives 0, or on `sdpa`, unless it is -inf, the mean of the values.
         sinks: One logit per head that takes weight and gives no value.
         relative_queries: Adds x_i . w(i, j) to the scores: x are its vectors [B, H, N, E], and
             w(i, j) its embedding of the distance j - i. Shaw's vectors on keys, with x = q * scale;
