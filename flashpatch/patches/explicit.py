@@ -1,7 +1,7 @@
 """Classes that compute softmax(q k^T) v themselves, operation by operation.
 
 Their own `forward` runs, and what it does with the product of queries and keys is read on the way:
-see `flashpatch.products`. A row is a class, and whether its model's masks may be compact ones.
+see `flashpatch.reading`. A row is a class, and whether its model's masks may be compact ones.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from torch import nn
 from flashpatch.dispatch import DEFAULT, UNREAD, Settings, fall_back
 from flashpatch.inspection import places
 from flashpatch.patches.interface import why_blocked
-from flashpatch.products import Reading, know_buffers, released
+from flashpatch.products import released
+from flashpatch.reading import Reading, know_buffers
 from flashpatch.registry import Patch, register
 
 # Classes that only add the mask they are given, so that it may be a compact one.

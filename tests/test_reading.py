@@ -12,7 +12,8 @@ from torch.nn import functional
 from flashpatch import dispatch
 from flashpatch.dispatch import Settings
 from flashpatch.masks import pack
-from flashpatch.products import Reading, know_buffers, released
+from flashpatch.products import released
+from flashpatch.reading import Reading, know_buffers
 from flashpatch.scores import groups, spread
 from flashpatch_kernels.engines import Reason
 from flashpatch_kernels.masks import key_mask
