@@ -5,7 +5,7 @@
 * `t5`: T5's bucketed position bias with a gradient, B4 H16 N2048 D64, and the same call without it,
   beside FlexAttention with a score_mod and PyTorch's attention with a dense bias.
 * `padded`: a causal batch of 8 texts of 512 to 4096 tokens, 32 query heads on 8 key heads, beside
-  PyTorch's attention with a boolean mask.
+  PyTorch's attention with a boolean mask. Texts are padded on the right, but for one case.
 
 Times are medians of forward alone, and of forward and backward together.
 Run on a GPU: `PYTHONPATH=.:kernels python benchmarks/terms_gpu.py --out results.json`; `--dry` runs
@@ -169,9 +169,12 @@ def padded(on: Machine) -> Iterator[Case]:
     qkv = tensors(on, 8, 32, 8, n, d)
     q, k, v = qkv
     lengths = torch.linspace(n / 8, n, 8, device=on.device).long()
-    visible = torch.arange(n, device=on.device) < lengths[:, None]
+    place = torch.arange(n, device=on.device)
+    visible = place < lengths[:, None]
     mask = intersect(key_mask(visible), Band(right=0), n, n, on.device)
     yield ours("intervals", on, qkv, mask=mask)
+    left = intersect(key_mask(place >= n - lengths[:, None]), Band(right=0), n, n, on.device)
+    yield ours("intervals, padded on the left", on, qkv, mask=left)
     assert isinstance(mask, Intervals)
     packed = Intervals(mask.bounds.masked_fill(~visible[..., None], 0), mask.runs)
     yield ours("intervals, padded queries hidden", on, qkv, mask=packed)
