@@ -52,13 +52,13 @@ class Constants(NamedTuple):
     BN: int
     UNIT: int
     TMA: bool
+    FAR: bool
+    NEAR_STAGES: int | None
     PRECISION: str
     PLAIN: bool
     CAP: bool
     APPROXIMATE: bool
     DROPOUT: bool
-    FAR: bool
-    NEAR_STAGES: int | None
     OWN: int
     X: int
     Y: int
@@ -308,7 +308,7 @@ class Setup:
     def tuned(self, name: tuning.Pass) -> tuple[Tile, Constants]:
         """The tile of a pass, and what it is compiled for."""
         tile = tuning.tile(self.question, name)
-        return tile, constants(tile, name, self.head_sizes, self.unit, *self.kinds)
+        return tile, constants(tile, name, self.head_sizes, self.unit, self.far, *self.kinds)
 
     @cached_property
     def kinds(self) -> tuple[Any, ...]:
@@ -316,7 +316,7 @@ class Setup:
         products = (precision(self.dtype), self.plain, self.options.softcap is not None)
         approximate = self.dtype != torch.float32 and NVIDIA
         return (
-            *(*products, approximate, bool(self.options.dropout), self.far),
+            *(*products, approximate, bool(self.options.dropout)),
             *(self.own, *self.vector_sizes),
         )
 
@@ -345,15 +345,14 @@ class Setup:
 
 @lru_cache
 def constants(
-    tile: Tile, name: tuning.Pass, sizes: tuple[int, int], unit: int, *kinds: Any
+    tile: Tile, name: tuning.Pass, sizes: tuple[int, int], unit: int, far: bool, *kinds: Any
 ) -> Constants:
     """What a pass is compiled for; asked for several times in every call."""
     d, dv = sizes
-    *before, far = kinds[:6]
     return Constants(
         *(d, dv, *chunks(d), *chunks(dv)),
         *(tile.BM, tile.BN, unit, tile.tma and unit > 1),
-        *(*before, far, max(1, tile.stages - 1) if far else None, *kinds[6:]),
+        *(far, max(1, tile.stages - 1) if far else None, *kinds),
         *(2 * max(tile.BM, tile.BN), 64 if name == "sums" else 32),
     )
 

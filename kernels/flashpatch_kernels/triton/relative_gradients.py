@@ -23,6 +23,7 @@ from flashpatch_kernels.triton.sums import (
     Walk,
     key_place,
     key_steps,
+    own_tile,
     query_place,
     query_steps,
     sum_ds,
@@ -132,10 +133,10 @@ def finish_key_vectors(walk, pid, acc, out, n_queries, n_keys, C: tl.constexpr):
 def store_vectors(walk, pid, acc, out, n_rows, C: tl.constexpr):
     """Stores S rows and EB columns of a gradient [B, H, n_rows, E], walk[3] = E."""
     n_parts, size = walk[2], walk[3]
-    n_tiles = tl.cdiv(n_rows, C.BM)
-    row = (pid // n_parts % n_tiles * C.BM + tl.arange(0, C.BM))[:, None]
+    bh, start = own_tile(walk, pid, n_rows, C.BM)
+    row = (start + tl.arange(0, C.BM))[:, None]
     c = (pid % n_parts * C.EB + tl.arange(0, C.EB))[None, :]
-    at = out + tl.cast(pid // n_parts // n_tiles, tl.int64) * n_rows * size
+    at = out + tl.cast(bh, tl.int64) * n_rows * size
     inside = (row < n_rows) & (c < size)
     tl.store(at + (row.to(tl.int64) * size + c), acc.to(out.dtype.element_ty), mask=inside)
 

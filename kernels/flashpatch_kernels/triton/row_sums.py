@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashpatch_kernels.triton import launching, tiles
 from flashpatch_kernels.triton.stats import Shared
-from flashpatch_kernels.triton.sums import Walk, query_place, query_steps, sum_ds
+from flashpatch_kernels.triton.sums import Walk, own_tile, query_place, query_steps, sum_ds
 from flashpatch_kernels.triton.term_gradients import sink_weights, visible
 
 
@@ -35,9 +35,9 @@ def add_rows(acc, p, ds, weights, do, m, n, head, score, C: tl.constexpr):
 @triton.jit
 def finish_rows(walk, pid, acc, out, n_queries, n_keys, C: tl.constexpr):
     """Stores both sums, [2, B, H, N]; walk[3] = B H N."""
-    n_tiles = tl.cdiv(n_queries, C.BM)
-    i = pid % n_tiles * C.BM + tl.arange(0, C.BM)
-    at = out + tl.cast(pid // n_tiles, tl.int64) * n_queries + i
+    bh, m = own_tile(walk, pid, n_queries, C.BM)
+    i = m + tl.arange(0, C.BM)
+    at = out + tl.cast(bh, tl.int64) * n_queries + i
     tl.store(at, acc[0], mask=i < n_queries)
     tl.store(at + tl.cast(walk[3], tl.int64), acc[1], mask=i < n_queries)
 

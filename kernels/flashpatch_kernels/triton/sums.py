@@ -58,13 +58,28 @@ class Walk(NamedTuple):
 
 
 @triton.jit
+def own_tile(walk, pid, n_rows, ROWS: tl.constexpr):
+    """Batch row and head, as one number, and first row of a tile that walk[2] programs share."""
+    n_tiles = tl.cdiv(n_rows, ROWS)
+    pid = pid // walk[2]
+    return pid // n_tiles, pid % n_tiles * ROWS
+
+
+@triton.jit
+def met(start, low, high, n_others, ROWS: tl.constexpr, OTHERS: tl.constexpr):
+    """Which tile is the first that a tile meets at the distances low .. high, and how many do."""
+    first = tl.maximum(start + low, 0) // OTHERS
+    end = tl.maximum(tl.minimum(n_others, start + ROWS + high), 0)
+    return first, tl.maximum(tl.cdiv(end, OTHERS) - first, 0)
+
+
+@triton.jit
 def query_steps(
     walk, pid, mask, n_batch, n_heads, n_queries, n_keys, WHOLE: tl.constexpr, C: tl.constexpr
 ):
     """How many key tiles a query tile meets at the distances walk[0] .. walk[1]."""
-    m = pid // walk[2] % tl.cdiv(n_queries, C.BM) * C.BM
-    end = tl.maximum(tl.minimum(n_keys, m + C.BM + walk[1]), 0)
-    return 0, tl.maximum(tl.cdiv(end, C.BN) - tl.maximum(m + walk[0], 0) // C.BN, 0)
+    _, m = own_tile(walk, pid, n_queries, C.BM)
+    return 0, met(m, walk[0], walk[1], n_keys, C.BM, C.BN)[1]
 
 
 @triton.jit
@@ -72,10 +87,9 @@ def query_place(
     walk, pid, t, mask, n_batch, n_heads, n_queries, n_keys, WHOLE: tl.constexpr, C: tl.constexpr
 ):
     """Row, head, first query and first key of the t-th tile."""
-    n_tiles = tl.cdiv(n_queries, C.BM)
-    m = pid // walk[2] % n_tiles * C.BM
-    bh = pid // walk[2] // n_tiles
-    return bh // n_heads, bh % n_heads, m, (tl.maximum(m + walk[0], 0) // C.BN + t) * C.BN
+    bh, m = own_tile(walk, pid, n_queries, C.BM)
+    first = met(m, walk[0], walk[1], n_keys, C.BM, C.BN)[0]
+    return bh // n_heads, bh % n_heads, m, (first + t) * C.BN
 
 
 @triton.jit
@@ -83,9 +97,8 @@ def key_steps(
     walk, pid, mask, n_batch, n_heads, n_queries, n_keys, WHOLE: tl.constexpr, C: tl.constexpr
 ):
     """How many query tiles a key tile meets at the distances walk[0] .. walk[1]."""
-    n = pid // walk[2] % tl.cdiv(n_keys, C.BN) * C.BN
-    end = tl.maximum(tl.minimum(n_queries, n + C.BN - walk[0]), 0)
-    return 0, tl.maximum(tl.cdiv(end, C.BM) - tl.maximum(n - walk[1], 0) // C.BM, 0)
+    _, n = own_tile(walk, pid, n_keys, C.BN)
+    return 0, met(n, -walk[1], -walk[0], n_queries, C.BN, C.BM)[1]
 
 
 @triton.jit
@@ -93,10 +106,9 @@ def key_place(
     walk, pid, t, mask, n_batch, n_heads, n_queries, n_keys, WHOLE: tl.constexpr, C: tl.constexpr
 ):
     """Row, head, first query and first key of the t-th tile."""
-    n_tiles = tl.cdiv(n_keys, C.BN)
-    n = pid // walk[2] % n_tiles * C.BN
-    bh = pid // walk[2] // n_tiles
-    return bh // n_heads, bh % n_heads, (tl.maximum(n - walk[1], 0) // C.BM + t) * C.BM, n
+    bh, n = own_tile(walk, pid, n_keys, C.BN)
+    first = met(n, -walk[1], -walk[0], n_queries, C.BN, C.BM)[0]
+    return bh // n_heads, bh % n_heads, (first + t) * C.BM, n
 
 
 @triton.jit
