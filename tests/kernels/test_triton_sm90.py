@@ -37,6 +37,7 @@ TERMS = [
     {"size": size, "dtype": "bfloat16", "term": term}
     for term, sizes in (
         ("table", (64, 128)),
+        ("clamped table", (64, 128)),
         ("key bias", (128,)),
         ("softcap", (256,)),
         ("score", (64,)),
@@ -60,6 +61,9 @@ LOCAL_BYTES = {
     ("forward_kernel", 64, "bfloat16", "unaligned"): 8,
     ("forward_kernel", 128, "bfloat16", "table"): 200,
     ("forward_kernel", 128, "bfloat16", "key bias"): 128,
+    ("forward_kernel", 64, "bfloat16", "clamped table"): 8,
+    ("forward_kernel", 128, "bfloat16", "clamped table"): 168,
+    ("dkdv_kernel", 128, "bfloat16", "clamped table"): 32,
     ("dkdv_kernel", 256, "bfloat16"): 256,
     ("dq_kernel", 256, "bfloat16"): 16,
     ("dq_kernel", 256, "bfloat16", "softcap"): 72,
@@ -139,6 +143,13 @@ def test_kernels_fit_registers_and_shared_memory(needs, call):
         assert resources["local_bytes"] <= accepted, (kernel, resources)
         hot = HOT_SPILLS.get((kernel, *kind), 0)
         assert resources["hot_spills"] <= hot, (kernel, resources)
+
+
+@pytest.mark.parametrize(("term", "copied"), [("table", True), ("clamped table", False)])
+def test_only_a_table_of_all_distances_is_copied(needs, term, copied):
+    found = [{kernel for kernel, _ in needs[call]} for call in needs if f'"{term}"' in call]
+    assert found
+    assert all(("copies_kernel" in kernels) == copied for kernels in found)
 
 
 def test_score_functions_of_one_name_are_compiled_apart():

@@ -158,8 +158,7 @@ def dkdv_kernel(
         head = t // whole if GROUPED else 0
         x = t % whole if GROUPED else t
         if C.FAR:
-            # The copies are of the reversed table: they begin with its last bias.
-            high, low = table.levels(score, pointers[0][0], h + head)
+            low, high = table.levels(score, pointers[0][0], h + head)
             level = tl.where(x < a - t1, high, low)
             number = tile_masks.far_tile(x, t1, a, z)
         else:

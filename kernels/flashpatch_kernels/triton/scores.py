@@ -14,9 +14,9 @@ they are given is told in `options.Score`. It comes between the cap and the othe
 What all terms may read is one record, `score` = (factor, cap, batch, n_batch, n_heads, n_queries,
 n_keys, bias_batch, bias_head, bias_row, table_rows, table_row, first, last, offset, distant): the
 products' factor, which is scale / cap if there is a cap; strides of a bias; how many rows of how
-many entries a table's copies have, and the distances at which it begins and ends; the place of
-query 0 among the keys; and what belongs to vectors by distance, which are products themselves and
-stand in `relative`.
+many entries a table or its copies have for a head, and the distances at which it begins and ends;
+the place of query 0 among the keys; and what belongs to vectors by distance, which are products
+themselves and stand in `relative`.
 """
 
 import triton

@@ -4,6 +4,9 @@ A table is copied once for each row of a tile, each copy shifted by one entry mo
 of a table is a rectangle of its copies: aligned vectors for loads by pointers, and a box for
 Hopper's copy engine. Tiles [keys, queries] read copies of the reversed table. The copies begin a
 tile before the first distance and end a tile after the last: a tile that lies farther reads there.
+
+A table that is constant beyond its ends, where those tiles are told apart (C.FAR), is read as it
+is, without copies, which every call would make anew: between its ends lie few tiles.
 """
 
 import torch
@@ -24,7 +27,7 @@ TILE = 128
 
 @triton.jit
 def open(score, head, start, pointers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The copies, for loads by pointers."""
+    """The table or its copies, for loads by pointers."""
     return pointers[0]
 
 
@@ -81,11 +84,48 @@ def add_tiles_transposed(s, i, j, m, n, head, score, source):
 
 
 @triton.jit
-def levels(score, copies, head):
-    """The first and the last bias of a head's copies, which hold on all tiles beyond the ends."""
-    row = score[11] * 8
-    at = copies + tl.cast(head, tl.int64) * (score[10] * row)
-    return tl.load(at).to(tl.float32), tl.load(at + (row - 1)).to(tl.float32)
+def entries(distance, head, score, source):
+    """A head's biases of distances, from the table itself; beyond its ends those of the ends."""
+    at = tl.minimum(tl.maximum(distance, score[12]), score[13]) - score[12]
+    return tl.load(source + tl.cast(head, tl.int64) * score[11] + at).to(tl.float32)
+
+
+@triton.jit
+def spread(s, distance, at, head, score, source):
+    """A tile like s of the biases of `distance` + `at`.
+
+    Each bias is loaded once and handed on through shared memory: an address for each element of a
+    tile would take more registers than there are.
+    """
+    SIZE: tl.constexpr = s.shape[0] * s.shape[1]
+    DISTANCES: tl.constexpr = 2 * max(s.shape[0], s.shape[1])
+    x = entries(distance + tl.arange(0, DISTANCES), head, score, source)
+    return tl.reshape(tl.gather(x, tl.reshape(at, (SIZE,)), 0), (s.shape[0], s.shape[1]))
+
+
+@triton.jit
+def add_entries(s, i, j, m, n, head, score, source):
+    """As `add`, from the table itself."""
+    ROWS: tl.constexpr = s.shape[0]
+    r = tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, s.shape[1])[None, :]
+    return s + spread(s, n - m - ROWS, c - r + ROWS, head, score, source)
+
+
+@triton.jit
+def add_entries_transposed(s, i, j, m, n, head, score, source):
+    """As `add_transposed`, from the table itself."""
+    COLUMNS: tl.constexpr = s.shape[1]
+    r = tl.arange(0, s.shape[0])[:, None]
+    c = tl.arange(0, COLUMNS)[None, :]
+    return s + spread(s, n - m - COLUMNS, r - c + COLUMNS, head, score, source)
+
+
+@triton.jit
+def levels(score, source, head):
+    """The first and the last bias of a head, which hold on all tiles beyond the ends."""
+    low = entries(score[12], head, score, source)
+    return low, entries(score[13], head, score, source)
 
 
 def copies_of(table: Tensor, first: int, rows: int, dtype: torch.dtype, *, both: bool) -> Tensor:

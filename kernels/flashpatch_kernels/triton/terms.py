@@ -91,18 +91,9 @@ def terms_of(call: launching.Setup, *, both: bool) -> Terms:
     bias_strides, table_numbers = [0, 0, 0], (0, 0, 0, 0)
     tma = call.tuned("forward")[1].TMA
     if options.table is not None:
-        first = 1 - n_queries if options.first is None else options.first
-        copies = table.copies_of(options.table, first, table.TILE, call.dtype, both=both)
-        last = first + options.table.shape[1] - 1
-        table_numbers = (table.TILE, copies.shape[3] // 8, first, last)
-        opens = table.open_tiles if tma else table.open
-        adds = (
-            (table.add_tiles, table.add_tiles_transposed)
-            if tma
-            else (table.add, table.add_transposed)
-        )
-        for orientation, add, x in zip(
-            (straight, transposed), adds, (copies[0], copies[-1]), strict=True
+        both_ways, tensors, table_numbers = _table(options.table, call, tma=tma, both=both)
+        for orientation, (opens, add), x in zip(
+            (straight, transposed), both_ways, tensors, strict=True
         ):
             orientation.append(Term(opens, add, scores.nothing if call.far else add, (x,)))
     if options.slopes is not None:
@@ -139,6 +130,27 @@ TILES = (
     (bias.open_tiles, bias.add_tiles),
     (bias.open_tiles_transposed, bias.add_tiles_transposed),
 )
+
+ENTRIES = ((table.open, table.add_entries), (table.open, table.add_entries_transposed))
+COPIES = ((table.open, table.add), (table.open, table.add_transposed))
+COPIED_TILES = (
+    (table.open_tiles, table.add_tiles),
+    (table.open_tiles, table.add_tiles_transposed),
+)
+
+
+def _table(
+    x: Tensor, call: launching.Setup, *, tma: bool, both: bool
+) -> tuple[tuple[Functions, Functions], tuple[Tensor, Tensor], tuple[int, int, int, int]]:
+    """`open` and `add` of a table for both orientations, what each reads, and its numbers."""
+    first = 1 - call.sizes[3] if call.options.first is None else call.options.first
+    last = first + x.shape[1] - 1
+    if call.far:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        return ENTRIES, (x, x), (1, x.stride(0), first, last)
+    copies = table.copies_of(x, first, table.TILE, call.dtype, both=both)
+    functions = COPIED_TILES if tma else COPIES
+    return functions, (copies[0], copies[-1]), (table.TILE, copies.shape[3] // 8, first, last)
 
 
 def _bias(
