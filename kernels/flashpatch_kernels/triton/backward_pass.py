@@ -1,12 +1,12 @@
-"""Backward kernels: the gradients of q, k and v from that of the output, in three launches.
+"""Backward kernels: the gradients of q, k and v from that of the output, in two launches.
 
 With p = 2^(s - lse) of the forward's scores s, and delta = rowsum(dO * O) - dlse:
     dv = dropout(p)^T dO    dp = dropout(dO v^T)    ds = p * (dp - delta)
     dq = ds k * scale       dk = ds^T q * scale     where a cap makes ds ds * (1 - tanh^2)
 The terms of a score are given ds itself, in `term_gradients`. p is computed anew, tile by tile.
-`stats` prepares delta and lse; `dkdv_kernel` owns a tile of keys and walks over queries;
-`dq_kernel` owns a tile of queries and walks over keys. Each sum is taken by one program in a fixed
-order, hence no atomics and the same bits every time.
+`dq_kernel` owns a tile of queries and walks over keys; it runs first and keeps delta and lse, see
+`stats`, for `dkdv_kernel`, which owns a tile of keys and walks over queries. Each sum is taken by
+one program in a fixed order, hence no atomics and the same bits every time.
 
 Letters: B batch, H query heads, N queries, M keys, D head size of q and k, Dv of v; tiles of BM
 queries and BN keys.
@@ -36,7 +36,7 @@ from flashpatch_kernels.triton import (
 from flashpatch_kernels.triton.compiling import kernel
 from flashpatch_kernels.triton.relative_gradients import relative_gradients
 from flashpatch_kernels.triton.row_sums import exact
-from flashpatch_kernels.triton.stats import Shared, compute_stats, load_stats
+from flashpatch_kernels.triton.stats import Shared, compute_stats, load_stats, make_stats
 from flashpatch_kernels.triton.term_gradients import term_gradients
 
 
@@ -252,9 +252,9 @@ def dq_step(
 
 @kernel
 def dq_kernel(
-    Q, K, V, DO, STATS, DLSE, DQ, SUMS,
+    Q, K, V, DO, O, LSE, DLSE, STATS, DQ, SUMS,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    do_batch, do_head, do_row, dq_batch, dq_head, dq_row,
+    do_batch, do_head, do_row, o_batch, o_head, o_row, dq_batch, dq_head, dq_row,
     n_batch, n_heads, group, n_queries, n_keys, wave, scale, to_log2,
     left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
     tiles_of, tiles_batch, tiles_head,
@@ -268,6 +268,8 @@ def dq_kernel(
     CODE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head, over the keys that it sees.
+
+    STATS is made here of O and LSE if they are given, and read if not.
 
     What terms want to know of ds goes to SUMS [3, B, H, query tiles]: with SLOPES the sum of -ds
     times the distance; with ENDS the sums beyond the first and the last distance of a table. For
@@ -304,7 +306,12 @@ def dq_kernel(
     q = tiles.load(queries, 0, start, C.BM, C.D, C.D0, C.D1, False, True)
     do = tiles.load(douts, 0, start, C.BM, C.DV, C.V0, C.V1, False, True)
     n_rows = tl.cast(n_batch * n_heads, tl.int64) * n_queries
-    lse, delta = load_stats(STATS, n_rows, bh, start, n_queries, C.BM, True)
+    if O is not None:
+        O += (b * o_batch + h * o_head) * C.UNIT
+        outs = tiles.matrices(O, 0, o_row * C.UNIT, 1, n_queries, C.BM, C.DV, C.V0, C.V1, False)
+        lse, delta = make_stats(outs, do, LSE, DLSE, STATS, n_rows, bh, start, n_queries, C)
+    else:
+        lse, delta = load_stats(STATS, n_rows, bh, start, n_queries, C.BM, True)
     dq = tiles.zeros(C.BM, C.D0, C.D1)
     i = start + tl.arange(0, C.BM)
     inside = tl.minimum(i, n_queries - 1)
@@ -381,16 +388,20 @@ def backward(
     q, k, v, out, dout = (launching.readable(t) for t in (q, k, v, out, dout))
     call = launching.Setup.of(q, k, v, (out, dout, *written.values()), options)
     with launching.on(q.device):
-        dlse = None if dlse is None else dlse.contiguous()
-        stats = compute_stats(call, out, dout, lse, dlse)
+        lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+        stats = lse.new_empty(2, *lse.shape)
         shared = Shared(call, terms.terms_of(call, both=True), (q, k, v, dout), stats)
-        if q.dtype == torch.float32 and needs - {"q", "k", "v"}:
+        queries = "q" in needs or "slopes" in needs or ("table" in needs and call.clamped)
+        rounded = q.dtype == torch.float32 and bool(needs - {"q", "k", "v"})
+        saved = (out, lse)
+        if rounded or not queries:
+            compute_stats(shared, *saved, dlse)
+            saved = None
+        if rounded:
             shared = exact(shared, dlse)
+        sums = compute_dq(shared, saved, dlse, written.get("q"), needs) if queries else None
         for name in call.key_passes(needs):
             compute_dkdv(shared, name, written.get("k"), written.get("v"))
-        sums = None
-        if "q" in needs or "slopes" in needs or ("table" in needs and call.clamped):
-            sums = compute_dq(shared, dlse, written.get("q"), needs)
         found = term_gradients(shared, sums, needs) | relative_gradients(shared, needs)
     for name, grad in grads.items():
         if written[name] is not grad:
@@ -432,9 +443,16 @@ def compute_dkdv(shared: Shared, name: tuning.Pass, dk: Tensor | None, dv: Tenso
 
 
 def compute_dq(
-    shared: Shared, dlse: Tensor | None, dq: Tensor | None, needs: frozenset[str]
+    shared: Shared,
+    saved: tuple[Tensor, Tensor] | None,
+    dlse: Tensor | None,
+    dq: Tensor | None,
+    needs: frozenset[str],
 ) -> Tensor:
     """Writes dq from q, k, v and dout, and gives the sums of ds that terms want of it.
+
+    Args:
+        saved: The output and lse, of which it makes `shared.stats`; None where that is done.
 
     Returns:
         fp32 [3, B, H, query tiles], as `dq_kernel` says.
@@ -442,14 +460,16 @@ def compute_dq(
     call, added, inputs, stats = shared
     n_batch, n_heads, group, n_queries, n_keys = call.sizes
     tile, fixed = call.tuned("dq")
+    out, lse = (None, None) if saved is None else saved
     n_tiles = launching.cdiv(n_queries, tile.BM)
     sums = torch.empty((3, n_batch, n_heads, n_tiles), dtype=torch.float32, device=stats.device)
     launching.launch(
         dq_kernel,
         n_tiles * n_batch * n_heads,
         tile,
-        *(*inputs, stats, dlse, dq, sums),
-        *call.strides(*inputs, inputs[0] if dq is None else dq),
+        *(*inputs, out, lse, dlse, stats, dq, sums),
+        # What is not there has no strides: those of any tensor may stand in for them.
+        *call.strides(*inputs, inputs[3] if out is None else out, inputs[0] if dq is None else dq),
         *call.sizes,
         call.wave(n_tiles, n_keys, group),
         *(float(call.options.scale), call.to_log2),

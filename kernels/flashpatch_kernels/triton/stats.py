@@ -1,8 +1,11 @@
-"""What every kernel of the backward pass reads of a query: its lse in base 2, and its delta."""
+"""What every kernel of the backward pass reads of a query: its lse in base 2, and its delta.
+
+`dq_kernel` makes them where it runs first; `stats_kernel` where it does not run, or where sums over
+queries come before it.
+"""
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,38 +16,47 @@ from flashpatch_kernels.triton.terms import Terms
 from flashpatch_kernels.triton.tiles import LOG2E
 
 
+@triton.jit
+def make_stats(
+    outs, do, lse, dlse, stats, n_rows, head, start, n_queries, C: tl.constexpr
+):  # fmt: skip
+    """Stores and gives what `load_stats` then reads of the queries start .. start + BM.
+
+    A query that sees no key has lse = -inf; it becomes +inf, so that its p is 2^(-inf) = 0.
+    """
+    i = start + tl.arange(0, C.BM)
+    at = tl.cast(head, tl.int64) * n_queries + i
+    o = tiles.load(outs, 0, start, C.BM, C.DV, C.V0, C.V1, False, True)
+    delta = tl.sum(o[0].to(tl.float32) * do[0].to(tl.float32), 1)
+    if C.V1 > 0:
+        delta += tl.sum(o[1].to(tl.float32) * do[1].to(tl.float32), 1)
+    if dlse is not None:
+        delta -= tl.load(dlse + at, mask=i < n_queries, other=0.0)
+    lse = tl.load(lse + at, mask=i < n_queries, other=float("-inf")) * LOG2E
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    tl.store(stats + at, lse, mask=i < n_queries)
+    tl.store(stats + n_rows + at, delta, mask=i < n_queries)
+    return lse, delta
+
+
 @kernel
 def stats_kernel(
     O, DO, LSE, DLSE, STATS,
     o_batch, o_head, o_row, do_batch, do_head, do_row, n_heads, n_queries, n_rows,
     C: tl.constexpr,
 ):  # fmt: skip
-    """Per query what the other two read: STATS[0] = lse in base 2, STATS[1] = delta.
-
-    A query that sees no key has lse = -inf; it becomes +inf, so that its p is 2^(-inf) = 0.
-    """
+    """Per query what the others read: STATS[0] = lse in base 2, STATS[1] = delta."""
     n_tiles = tl.cdiv(n_queries, C.BM)
     bh = tl.program_id(0) // n_tiles
     start = (tl.program_id(0) % n_tiles) * C.BM
     b = tl.cast(bh // n_heads, tl.int64)
     h = tl.cast(bh % n_heads, tl.int64)
-    i = start + tl.arange(0, C.BM)
-    at = tl.cast(bh, tl.int64) * n_queries + i
     O += (b * o_batch + h * o_head) * C.UNIT
     DO += (b * do_batch + h * do_head) * C.UNIT
-    os = tiles.matrices(O, 0, o_row * C.UNIT, 1, n_queries, C.BM, C.DV, C.V0, C.V1, False)
-    dos = tiles.matrices(DO, 0, do_row * C.UNIT, 1, n_queries, C.BM, C.DV, C.V0, C.V1, False)
-    o = tiles.load(os, 0, start, C.BM, C.DV, C.V0, C.V1, False, True)
-    do = tiles.load(dos, 0, start, C.BM, C.DV, C.V0, C.V1, False, True)
-    delta = tl.sum(o[0].to(tl.float32) * do[0].to(tl.float32), 1)
-    if C.V1 > 0:
-        delta += tl.sum(o[1].to(tl.float32) * do[1].to(tl.float32), 1)
-    if DLSE is not None:
-        delta -= tl.load(DLSE + at, mask=i < n_queries, other=0.0)
-    lse = tl.load(LSE + at, mask=i < n_queries, other=0.0) * LOG2E
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    tl.store(STATS + at, lse, mask=i < n_queries)
-    tl.store(STATS + n_rows + at, delta, mask=i < n_queries)
+    outs = tiles.matrices(O, 0, o_row * C.UNIT, 1, n_queries, C.BM, C.DV, C.V0, C.V1, False)
+    douts = tiles.matrices(DO, 0, do_row * C.UNIT, 1, n_queries, C.BM, C.DV, C.V0, C.V1, False)
+    do = tiles.load(douts, 0, start, C.BM, C.DV, C.V0, C.V1, False, True)
+    make_stats(outs, do, LSE, DLSE, STATS, n_rows, bh, start, n_queries, C)
 
 
 @triton.jit
@@ -64,7 +76,8 @@ class Shared(NamedTuple):
 
     Attributes:
         inputs: q, k, v and dout.
-        stats: As `compute_stats` gives them.
+        stats: Base-2 lse and delta of every query, fp32 [2, B, H, N]; or [3, B, H, N], see
+            `row_sums`.
     """
 
     call: launching.Setup
@@ -73,19 +86,16 @@ class Shared(NamedTuple):
     stats: Tensor
 
 
-def compute_stats(
-    call: launching.Setup, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None
-) -> Tensor:
-    """Base-2 lse and delta of every query: fp32 [2, B, H, N]."""
+def compute_stats(shared: Shared, out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
+    """Writes `shared.stats`."""
+    call, _, (_, _, _, dout), stats = shared
     n_batch, n_heads, _, n_queries, _ = call.sizes
     tile, fixed = call.tuned("stats")
-    stats = torch.empty(2, *lse.shape, dtype=torch.float32, device=lse.device)
     launching.launch(
         stats_kernel,
         launching.cdiv(n_queries, tile.BM) * n_batch * n_heads,
         tile,
-        *(out, dout, lse.contiguous(), dlse, stats),
+        *(out, dout, lse, dlse, stats),
         *call.strides(out, dout),
         *(n_heads, n_queries, lse.numel(), fixed),
     )
-    return stats
