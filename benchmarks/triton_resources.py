@@ -151,6 +151,7 @@ def recording(arch: str, tiles: dict[str, Tile] | None = None) -> Iterator[list[
         mock.patch.object(launching, "launch", launch),
         mock.patch.object(tuning, "architecture", return_value=arch),
         mock.patch.object(tuning, "tile", tile),
+        mock.patch.object(launching, "passes", launching.Passes),
     ):
         yield launches
 

@@ -292,7 +292,8 @@ _OPTIONS = (
     "Tensor? value_vectors, Tensor? value_embeddings, SymInt value_first, "
     "str? score, Tensor[] score_arguments, float dropout, Tensor? seed"
 )
-# Where the differentiable tensors stand among the options.
+# Where the tensors stand among the options, and the differentiable ones among all arguments.
+_TENSORS = [at for at, x in enumerate(_OPTIONS.split(", ")) if x.startswith("Tensor?")]
 _NAMES = [argument.split()[1] for argument in _OPTIONS.split(", ")]
 _DIFFERENTIABLE = {name: 4 + _NAMES.index(name) for name in TERMS} | {"q": 0, "k": 1, "v": 2}
 _DIFFERENTIABLE = dict(sorted(_DIFFERENTIABLE.items(), key=lambda item: item[1]))
@@ -383,8 +384,12 @@ _TENSOR = object()
 
 def _apart(options: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
     """The options without their tensors, and these."""
-    plain = [_TENSOR if isinstance(x, Tensor) else x for x in options]
-    return plain, [x for x in options if isinstance(x, Tensor)]
+    plain, tensors = list(options), []
+    for at in _TENSORS:
+        if plain[at] is not None:
+            tensors.append(plain[at])
+            plain[at] = _TENSOR
+    return plain, tensors
 
 
 def _together(plain: list[Any], tensors: Sequence[Tensor]) -> list[Any]:
@@ -396,7 +401,8 @@ def _together(plain: list[Any], tensors: Sequence[Tensor]) -> list[Any]:
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *tensors = ctx.saved_tensors
     options = _together(ctx.options, tensors)
-    needs = [name for name, at in _DIFFERENTIABLE.items() if ctx.needs_input_grad[at]]
+    wanted = ctx.needs_input_grad
+    needs = [name for name, at in _DIFFERENTIABLE.items() if wanted[at]]
     grads: list[Any] = [None] * 4 + _none_of(options)
     if dout is None and dlse is None:
         return tuple(grads)

@@ -390,7 +390,9 @@ def backward(
     with launching.on(q.device):
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         stats = lse.new_empty(2, *lse.shape)
-        shared = Shared(call, terms.terms_of(call, both=True), (q, k, v, dout), stats)
+        inputs = (q, k, v, dout)
+        added = terms.terms_of(call, both=True)
+        shared = Shared(call, added, inputs, call.strides(*inputs), stats)
         queries = "q" in needs or "slopes" in needs or ("table" in needs and call.clamped)
         rounded = q.dtype == torch.float32 and bool(needs - {"q", "k", "v"})
         saved = (out, lse)
@@ -417,7 +419,7 @@ def writable(grad: Tensor) -> Tensor:
 
 def compute_dkdv(shared: Shared, name: tuning.Pass, dk: Tensor | None, dv: Tensor | None) -> None:
     """Writes dk and dv, or one of them, from q, k, v and dout."""
-    call, added, inputs, stats = shared
+    call, added, inputs, strides, stats = shared
     n_batch, n_heads, group, n_queries, n_keys = call.sizes
     tile, fixed = call.tuned(name)
     # What a pass does not write it does not touch: any tensor may stand in for it.
@@ -430,7 +432,7 @@ def compute_dkdv(shared: Shared, name: tuning.Pass, dk: Tensor | None, dv: Tenso
         n_tiles * n_batch * (n_heads // group),
         tile,
         *(*inputs, stats, dk, dv),
-        *call.strides(*inputs, dk, dv),
+        *(*strides, *call.strides(dk, dv)),
         *call.sizes,
         call.wave(n_tiles, n_queries * group, 1),
         *(float(call.options.scale), call.to_log2),
@@ -448,35 +450,37 @@ def compute_dq(
     dlse: Tensor | None,
     dq: Tensor | None,
     needs: frozenset[str],
-) -> Tensor:
+) -> Tensor | None:
     """Writes dq from q, k, v and dout, and gives the sums of ds that terms want of it.
 
     Args:
         saved: The output and lse, of which it makes `shared.stats`; None where that is done.
 
     Returns:
-        fp32 [3, B, H, query tiles], as `dq_kernel` says.
+        fp32 [3, B, H, query tiles], as `dq_kernel` says; None if no term wants any.
     """
-    call, added, inputs, stats = shared
+    call, added, inputs, strides, stats = shared
     n_batch, n_heads, group, n_queries, n_keys = call.sizes
     tile, fixed = call.tuned("dq")
     out, lse = (None, None) if saved is None else saved
     n_tiles = launching.cdiv(n_queries, tile.BM)
-    sums = torch.empty((3, n_batch, n_heads, n_tiles), dtype=torch.float32, device=stats.device)
+    of_slopes, of_ends = "slopes" in needs, "table" in needs and call.clamped
+    sums = stats.new_empty(3, n_batch, n_heads, n_tiles) if of_slopes or of_ends else None
     launching.launch(
         dq_kernel,
         n_tiles * n_batch * n_heads,
         tile,
         *(*inputs, out, lse, dlse, stats, dq, sums),
         # What is not there has no strides: those of any tensor may stand in for them.
-        *call.strides(*inputs, inputs[3] if out is None else out, inputs[0] if dq is None else dq),
+        *strides,
+        *call.strides(inputs[3] if out is None else out, inputs[0] if dq is None else dq),
         *call.sizes,
         call.wave(n_tiles, n_keys, group),
         *(float(call.options.scale), call.to_log2),
         *call.mask.arguments(tile_lists.key_lists(call.mask, tile, n_queries, n_keys)),
         *(*call.cap, added.straight.pointers, *added.numbers, *call.drop),
         *(call.mask.rows, call.mask.seen, call.mask.keys, call.mask.at, call.mask.has_runs),
-        *("slopes" in needs, "table" in needs and call.clamped),
+        *(of_slopes, of_ends),
         *(*added.straight.functions, fixed),
     )
     return sums

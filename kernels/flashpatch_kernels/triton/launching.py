@@ -221,7 +221,7 @@ class Setup:
         n_batch, n_heads, n_queries, d = q.shape
         unit = 16 // q.element_size()
         for t in (q, k, v, *others):
-            if t.data_ptr() % 16 or any(stride % unit for stride in strides(t)):
+            if t.data_ptr() % 16 or math.gcd(*strides(t)) % unit:
                 unit = 1
         return Setup(
             q.device,
@@ -307,8 +307,12 @@ class Setup:
 
     def tuned(self, name: tuning.Pass) -> tuple[Tile, Constants]:
         """The tile of a pass, and what it is compiled for."""
-        tile = tuning.tile(self.question, name)
-        return tile, constants(tile, name, self.head_sizes, self.unit, self.far, *self.kinds)
+        return self.passes[name]
+
+    @cached_property
+    def passes(self) -> "Passes":
+        """What `tuned` gives, of all passes."""
+        return passes(self.question, self.head_sizes, self.unit, self.far, *self.kinds)
 
     @cached_property
     def kinds(self) -> tuple[Any, ...]:
@@ -343,18 +347,38 @@ class Setup:
         return ("dkdv",) if tuning.has_tile(self.question, "dkdv") else ("dk", "dv")
 
 
+class Passes(dict[tuning.Pass, tuple[Tile, Constants]]):
+    """The tile of each pass of alike calls, and what it is compiled for, made when it is asked for.
+
+    Arguments as `passes` has them.
+    """
+
+    def __init__(self, *alike: Any) -> None:
+        super().__init__()
+        self.alike = alike
+
+    def __missing__(self, name: tuning.Pass) -> tuple[Tile, Constants]:
+        question, (d, dv), unit, far, *kinds = self.alike
+        tile = tuning.tile(question, name)
+        fixed = Constants(
+            *(d, dv, *chunks(d), *chunks(dv)),
+            *(tile.BM, tile.BN, unit, tile.tma and unit > 1),
+            *(far, max(1, tile.stages - 1) if far else None, *kinds),
+            *(2 * max(tile.BM, tile.BN), 64 if name == "sums" else 32),
+        )
+        self[name] = tile, fixed
+        return tile, fixed
+
+
 @lru_cache
-def constants(
-    tile: Tile, name: tuning.Pass, sizes: tuple[int, int], unit: int, far: bool, *kinds: Any
-) -> Constants:
-    """What a pass is compiled for; asked for several times in every call."""
-    d, dv = sizes
-    return Constants(
-        *(d, dv, *chunks(d), *chunks(dv)),
-        *(tile.BM, tile.BN, unit, tile.tma and unit > 1),
-        *(far, max(1, tile.stages - 1) if far else None, *kinds),
-        *(2 * max(tile.BM, tile.BN), 64 if name == "sums" else 32),
-    )
+def passes(
+    question: tuning.Question, sizes: tuple[int, int], unit: int, far: bool, *kinds: Any
+) -> Passes:
+    """One record for all calls that are alike in this, because each asks several times.
+
+    What replaces `tuning.tile` for a while must replace this by `Passes`.
+    """
+    return Passes(question, sizes, unit, far, *kinds)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -387,8 +411,11 @@ def launch(kernel: Any, n_programs: int, tile: Tile, *arguments: Any) -> Any:
     fixed = arguments[n:]
     key = (
         *(id(kernel), arguments[0].device, tile),
-        # A loop within, because most are numbers and a call for each takes as long as the launch.
-        *[x.bit_length() > 31 if type(x) is int else _kind(x) for x in arguments[:n]],
+        # Within a loop, because most are numbers and a call for each takes as long as the launch.
+        *[
+            x.bit_length() > 31 if type(x) is int else None if x is None else _kind(x)
+            for x in arguments[:n]
+        ],
         *[x if type(x) in _PLAIN else _constant(x) for x in fixed],
     )
     known = _COMPILED.get(key)
@@ -420,10 +447,9 @@ def _constant(x: Any) -> Any:
 
 def _kind(x: Any) -> Any:
     """What of an argument a kernel is compiled for, beside the size of a number."""
-    kind = type(x)
-    if kind is tuple:
-        return tuple(map(_kind, x))
-    return (x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else kind
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    return tuple(map(_kind, x)) if type(x) is tuple else type(x)
 
 
 _PLAIN = frozenset((int, str, bool, float, type(None), Constants))

@@ -30,12 +30,19 @@ from flashpatch_kernels.triton import tiles
 
 def arguments(options: Options, dtype: torch.dtype) -> tuple[Any, ...]:
     """The tensors of a call, and the head stride, first distance and number of its embeddings."""
+    every = (options.relative_queries, options.relative_keys, options.relative_values)
+    if every == NONE:
+        return NOTHING
     vectors: list[tuple[Tensor, ...]] = []
     numbers: list[int] = []
-    for relative in (options.relative_queries, options.relative_keys, options.relative_values):
+    for relative in every:
         vectors.append(() if relative is None else _tensors(relative, dtype))
         numbers += (0, 0, 1) if relative is None else _numbers(relative)
     return tuple(vectors), *numbers
+
+
+NONE = (None, None, None)
+NOTHING = ((), (), ()), *(0, 0, 1) * 3
 
 
 def _tensors(relative: Relative, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -178,6 +178,8 @@ def relative_gradients(shared: Shared, needs: frozenset[str]) -> dict[str, Tenso
         "value": options.relative_values,
     }
     grads: dict[str, Tensor] = {}
+    if not any(shared.call.vector_sizes):
+        return grads
     for name in (*VECTORS, *EMBEDDINGS):
         owner = owners[name.split("_")[0]]
         if owner is not None and name in needs:

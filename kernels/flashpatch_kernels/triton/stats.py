@@ -76,6 +76,7 @@ class Shared(NamedTuple):
 
     Attributes:
         inputs: q, k, v and dout.
+        strides: Theirs, as `Setup.strides` gives them.
         stats: Base-2 lse and delta of every query, fp32 [2, B, H, N]; or [3, B, H, N], see
             `row_sums`.
     """
@@ -83,12 +84,13 @@ class Shared(NamedTuple):
     call: launching.Setup
     added: Terms
     inputs: tuple[Tensor, Tensor, Tensor, Tensor]
+    strides: list[int]
     stats: Tensor
 
 
 def compute_stats(shared: Shared, out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
     """Writes `shared.stats`."""
-    call, _, (_, _, _, dout), stats = shared
+    call, stats, dout = shared.call, shared.stats, shared.inputs[3]
     n_batch, n_heads, _, n_queries, _ = call.sizes
     tile, fixed = call.tuned("stats")
     launching.launch(

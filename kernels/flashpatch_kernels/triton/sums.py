@@ -268,14 +268,14 @@ def sums_kernel(
 
 def sum_ds(shared: Shared, out: Tensor, walk: Walk) -> None:
     """Launches `sums_kernel` on one walk."""
-    call, added, inputs, stats = shared
+    call, added, inputs, strides, stats = shared
     tile, fixed = call.tuned("sums")
     launching.launch(
         sums_kernel,
         walk.n_programs,
         tile,
         *(*inputs, stats, out),
-        *call.strides(*inputs),
+        *strides,
         *(*call.sizes, call.to_log2),
         *call.mask.arguments(),
         *(*call.cap, added.straight.pointers, *added.numbers, *call.drop),

@@ -21,6 +21,7 @@ from flashpatch_kernels.triton import launching
 from flashpatch_kernels.triton.compiling import kernel
 from flashpatch_kernels.triton.stats import Shared
 from flashpatch_kernels.triton.sums import Walk, sum_ds
+from flashpatch_kernels.tuning import Tile
 
 # As many programs keep a card busy: long diagonals are cut where there are fewer.
 PROGRAMS = 384
@@ -265,7 +266,7 @@ def table_gradient(shared: Shared, table: Tensor, ends: Tensor | None) -> Tensor
     entries = table.shape[1]
     first = 1 - n_queries if call.options.first is None else call.options.first
     low, high = max(first, 1 - n_queries), min(first + entries, n_keys) - 1
-    out = torch.empty(table.shape, dtype=table.dtype, device=table.device)
+    out = table.new_empty(table.shape)
     first_diagonal, n_diagonals, n_chunks = diagonals(call, low, high)
     sums = table.new_empty((n_heads, n_diagonals, n_chunks, 2 * tile.BM), dtype=torch.float32)
     if n_diagonals:
@@ -277,7 +278,7 @@ def table_gradient(shared: Shared, table: Tensor, ends: Tensor | None) -> Tensor
     launching.launch(
         entries_kernel,
         n_heads * launching.cdiv(entries, width),
-        tile._replace(warps=4, stages=1, tma=False),
+        Tile(tile.BM, tile.BN, 4, 1),
         *(sums, ends, out, first, entries, n_batch, n_heads),
         *(0 if ends is None else ends.shape[3], first_diagonal, n_diagonals, n_chunks),
         *(tile.BM, tile.BN, width),

@@ -49,7 +49,9 @@ class Composed(NamedTuple):
     @staticmethod
     def of(terms: list[Term]) -> "Composed":
         """From the terms of tiles of one orientation."""
-        opens, adds, far_adds, pointers = zip(*terms, strict=True) if terms else ((),) * 4
+        if not terms:
+            return NOTHING
+        opens, adds, far_adds, pointers = zip(*terms, strict=True)
         return Composed(opens, adds, far_adds, pointers, _code(*opens, *adds))
 
 
@@ -60,6 +62,8 @@ def _code(*functions: Any) -> str:
         _CODES[key] = hashlib.sha256(keys.encode()).hexdigest()[:16], functions
     return _CODES[key][0]
 
+
+NOTHING = Composed((), (), (), (), "")
 
 # By identity, because Triton's hash of a function takes long; they live as long as their key.
 _CODES: dict[tuple[int, ...], tuple[str, tuple[Any, ...]]] = {}
