@@ -59,9 +59,9 @@ def flex() -> Attend:
     return attend
 
 
-def flashpatch() -> Attend:
-    """Ours, on the engine that is chosen for the call."""
-    return lambda q, k, v, causal: attention(q, k, v, causal=causal)
+def flashpatch(engine: str | None = None) -> Attend:
+    """Ours, on the engine that is chosen for the call or on the one that is named."""
+    return lambda q, k, v, causal: attention(q, k, v, causal=causal, engine=engine)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[], Attend]] = {
@@ -69,6 +69,7 @@ IMPLEMENTATIONS: dict[str, Callable[[], Attend]] = {
     "sdpa cudnn": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
     "flex": flex,
     "flashpatch": flashpatch,
+    "flashpatch triton": lambda: flashpatch("triton"),
 }
 
 

@@ -5,7 +5,8 @@
 * `t5`: T5's bucketed position bias with a gradient, B4 H16 N2048 D64, and the same call without it,
   beside FlexAttention with a score_mod and PyTorch's attention with a dense bias.
 * `padded`: a causal batch of 8 texts of 512 to 4096 tokens, 32 query heads on 8 key heads, beside
-  PyTorch's attention with a boolean mask. Texts are padded on the right, but for one case.
+  PyTorch's attention with a boolean mask. Texts are padded on the right, but where it is said.
+* `hopper`: what the Hopper engine's own terms cost, tokens as in `terms`.
 
 Times are medians of forward alone, and of forward and backward together.
 Run on a GPU: `PYTHONPATH=.:kernels python benchmarks/terms_gpu.py --out results.json`; `--dry` runs
@@ -64,11 +65,13 @@ def tensors(
 def ours(
     name: str, on: Machine, qkv: tuple[Tensor, ...], learnt: tuple[Tensor, ...] = (), **options: Any
 ) -> Case:
-    """Our engine on these tensors."""
+    """Our engine on these tensors, or on a GPU the one that `options` name."""
+    engine = options.pop("engine", on.engine) if on.device == "cuda" else on.engine
+    options.pop("engine", None)
     scale = options.pop("scale", qkv[0].shape[3] ** -0.5)
     record = Options(scale=scale, **options)
     q, k, v = qkv
-    return Case(name, lambda: run(q, k, v, record, on.engine)[0], (*qkv, *learnt))
+    return Case(name, lambda: run(q, k, v, record, engine)[0], (*qkv, *learnt))
 
 
 def terms(on: Machine, d: int, *, causal: bool) -> Iterator[Case]:
@@ -175,6 +178,8 @@ def padded(on: Machine) -> Iterator[Case]:
     yield ours("intervals", on, qkv, mask=mask)
     left = intersect(key_mask(place >= n - lengths[:, None]), Band(right=0), n, n, on.device)
     yield ours("intervals, padded on the left", on, qkv, mask=left)
+    yield ours("intervals, hopper", on, qkv, mask=mask, engine="hopper")
+    yield ours("intervals, padded on the left, hopper", on, qkv, mask=left, engine="hopper")
     assert isinstance(mask, Intervals)
     packed = Intervals(mask.bounds.masked_fill(~visible[..., None], 0), mask.runs)
     yield ours("intervals, padded queries hidden", on, qkv, mask=packed)
@@ -188,10 +193,24 @@ def padded(on: Machine) -> Iterator[Case]:
     )
 
 
+def hopper(on: Machine, d: int, *, causal: bool) -> Iterator[Case]:
+    """One call for each term of the Hopper engine, the first without any."""
+    heads, n = 2048 // d, 8192 // on.shrink
+    qkv = tensors(on, 2, heads, heads, n, d)
+    learnt = torch.randn(heads, device=on.device, requires_grad=True)
+    options: dict[str, Any] = {"mask": Band(right=0) if causal else Band(), "engine": "hopper"}
+    yield ours("none", on, qkv, **options)
+    yield ours("softcap", on, qkv, softcap=50.0, **options)
+    yield ours("sinks, learnt", on, qkv, (learnt,), sinks=learnt, **options)
+
+
 def groups(on: Machine) -> Iterator[tuple[str, Iterator[Case]]]:
     """All cases, by what they are compared with: the first of each group."""
     yield "t5", t5(on)
     yield "padded", padded(on)
+    for d in (64, 128, 256):
+        for causal in (False, True):
+            yield f"hopper, d {d}, {'causal' if causal else 'full'}", hopper(on, d, causal=causal)
     for d in (64, 128):
         for causal in (False, True):
             yield f"terms, d {d}, {'causal' if causal else 'full'}", terms(on, d, causal=causal)

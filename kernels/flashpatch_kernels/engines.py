@@ -10,6 +10,7 @@ Letters: B batch, H query heads, H_kv key heads, N queries, M keys, D head size,
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -19,6 +20,8 @@ from flashpatch_kernels.masks import Band, Boolean, Intervals
 from flashpatch_kernels.options import Options
 
 TRITON_INSTALLED = find_spec("triton") is not None
+# Triton's language of warps and shared memory, as the Hopper kernels write it.
+GLUON_INSTALLED = TRITON_INSTALLED and tuple(map(int, version("triton").split(".")[:2])) >= (3, 6)
 
 # Up to so many scores per head, PyTorch's attention is the fastest on a CPU even if a mask or a
 # bias is materialised for it. A mask serves all heads; a bias is a matrix of each.
@@ -53,6 +56,7 @@ class Call:
         dtype: Of q, after autocast.
         mixed: Whether q, k and v differ in dtype or device.
         mask: The mask's record: `Band` with its numbers; the others by kind.
+        aligned: Whether every row of q, k and v starts at a multiple of 16 bytes.
         one_row: Whether every query sees the same keys, as far as the shapes tell.
         table: Whether there is a bias by distance, of a table or of slopes.
         needs_grad: Whether a gradient may be asked for.
@@ -63,6 +67,7 @@ class Call:
     capability: tuple[int, int] | None = None
     dtype: torch.dtype = torch.float32
     mixed: bool = False
+    aligned: bool = True
     batch: int = 1
     heads: int = 1
     kv_heads: int = 1
@@ -107,6 +112,7 @@ class Call:
             capability=_capability(q.device) if q.is_cuda else None,
             dtype=dtype,
             mixed=not alike,
+            aligned=all(_aligned(x) for x in (q, k, v)),
             batch=q.shape[0],
             heads=q.shape[1],
             kv_heads=k.shape[1],
@@ -135,6 +141,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
     """The compute capability, by the one of PyTorch's functions for it that can be traced."""
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes, as far as its strides tell."""
+    *strides, last = x.stride()
+    # An offset cannot be traced; one that is not a multiple is found again when the call is made.
+    offset = 0 if torch.compiler.is_compiling() else x.storage_offset()
+    return last == 1 and not any(n * x.element_size() % 16 for n in (*strides, offset))
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:
@@ -225,6 +239,51 @@ COMMON: tuple[Row, ...] = (
     (
         Reason("HEADS", "the query heads are not a multiple of the key heads"),
         lambda c: c.heads % c.kv_heads == 0 if c.kv_heads else c.heads == 0,
+    ),
+)
+
+HOPPER = Engine(
+    "hopper",
+    requirements=(
+        (Reason("HOPPER_GLUON", "Triton 3.6 or newer is not installed"), lambda _: GLUON_INSTALLED),
+        (
+            Reason("HOPPER_DEVICE", "the Hopper kernels need compute capability 9.0"),
+            lambda c: c.device == "cuda" and c.capability == (9, 0),
+        ),
+        (
+            Reason("HOPPER_DTYPE", "the Hopper kernels take float16 and bfloat16"),
+            lambda c: c.dtype in HALF,
+        ),
+        (
+            Reason("HOPPER_HEAD_SIZE", "the Hopper kernels take heads of 64, 128 and 256"),
+            lambda c: c.head_size == c.value_size and c.head_size in (64, 128, 256),
+        ),
+        (
+            Reason("HOPPER_ALIGNMENT", "the Hopper kernels read rows at multiples of 16 bytes"),
+            lambda c: c.aligned,
+        ),
+        (
+            Reason("HOPPER_MASK", "the Hopper kernels read no boolean masks"),
+            lambda c: c.mask is not Boolean,
+        ),
+        (
+            Reason("HOPPER_BIAS", "the Hopper kernels add no biases"),
+            lambda c: not (c.bias or c.table or c.relative),
+        ),
+        (
+            Reason("HOPPER_SCORE", "the Hopper kernels run no functions on scores"),
+            lambda c: not c.score,
+        ),
+        (
+            Reason("HOPPER_DROPOUT", "the Hopper kernels drop no weights"),
+            lambda c: not c.dropout,
+        ),
+    ),
+    preferences=(
+        (
+            Reason("HOPPER_SHORT", "the Hopper kernels are for more than 256 queries"),
+            lambda c: c.n_queries > 256,
+        ),
     ),
 )
 
@@ -323,7 +382,7 @@ TILED = Engine(
 )
 
 # In order of preference. `reference` is not among them: it is run only when asked for by name.
-ENGINES = (TRITON, SDPA, TILED)
+ENGINES = (HOPPER, TRITON, SDPA, TILED)
 REFERENCE = Engine("reference", requirements=((SCORE, lambda c: not c.score),))
 
 

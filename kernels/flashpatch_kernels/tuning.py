@@ -32,6 +32,54 @@ class Tile(NamedTuple):
     registers: int | None = None
 
 
+class Crew(NamedTuple):
+    """How one pass of the Hopper engine is cut, and how the warps of a program share the work.
+
+    Attributes:
+        consumers: Warpgroups that compute; one more reads.
+        rows: Queries of each, or keys in the backward pass.
+        others: Keys, or queries in the backward pass, at a time.
+        slots: Tiles of those in flight.
+        own_slots: Tiles of `rows` in flight.
+        registers: Of a thread that computes.
+        in_turn: Whether consumers take turns at the tensor cores.
+        held: Whether a consumer keeps its queries in registers, where they are read faster.
+    """
+
+    consumers: int
+    rows: int
+    others: int
+    slots: int
+    own_slots: int
+    registers: int
+    in_turn: bool
+    held: bool = False
+
+    @property
+    def own(self) -> int:
+        """Queries, or keys in the backward pass, of a program."""
+        return self.consumers * self.rows
+
+    def tile(self, name: "Pass") -> Tile:
+        """BM and BN of a pass, the producer's warps, and that descriptors are made."""
+        sizes = (self.own, self.others) if name == "forward" else (self.others, self.own)
+        return Tile(*sizes, 4, 1, tma=True)
+
+
+CREWS: dict[tuple[Pass, int], Crew] = {
+    ("forward", 64): Crew(3, 64, 128, slots=4, own_slots=6, registers=160, in_turn=True),
+    ("forward", 128): Crew(2, 64, 128, slots=2, own_slots=4, registers=240, in_turn=True, held=True),
+    ("forward", 256): Crew(2, 64, 64, slots=2, own_slots=2, registers=240, in_turn=True),
+    ("dkdv", 64): Crew(2, 64, 128, slots=2, own_slots=2, registers=240, in_turn=False),
+    ("dkdv", 128): Crew(2, 64, 64, slots=2, own_slots=2, registers=240, in_turn=False),
+}
+
+
+def crew(size: int, name: Pass) -> Crew:
+    """The crew of a pass of the Hopper engine."""
+    return CREWS[name, size]
+
+
 # Programs run in waves of heads: few, so that what they read stays in the L2 cache, but enough that
 # the longest programs of the last wave do not begin when the card is nearly done.
 WAVE_BYTES = 16 << 20

@@ -13,5 +13,9 @@ def kernel(function: Callable[..., Any]) -> Any:
     Triton would compile anew for a 1 and for a multiple of 16 among them, so that a model that
     generates would stop to compile at some lengths.
     """
-    numbers = [name for name in inspect.signature(function).parameters if name.islower()]
-    return triton.jit(function, do_not_specialize=numbers)
+    return triton.jit(function, do_not_specialize=numbers(function))
+
+
+def numbers(function: Callable[..., Any]) -> list[str]:
+    """The arguments of a kernel that are numbers: those in lower case."""
+    return [name for name in inspect.signature(function).parameters if name.islower()]

@@ -223,6 +223,34 @@ def interval_keys(
     return split(first, end, full_first, full_end, n_keys, BN)
 
 
+@kernel
+def key_tiles_kernel(
+    tiles, bounds, bounds_batch, bounds_row, runs, runs_batch, n_queries, n_keys,
+    ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """What `interval_keys` says of the BM queries of each tile, ROWS of them at a time."""
+    n_tiles = tl.cdiv(n_queries, BM)
+    batch = tl.program_id(0) // n_tiles
+    start = (tl.program_id(0) % n_tiles) * BM
+    mask = (0, 0, 0, bounds, bounds_batch, 0, bounds_row, runs, runs_batch)
+    t0, t1, t2, t3 = interval_keys(mask, batch, 0, start, n_queries, n_keys, ROWS, BN, RUNS)
+    for part in tl.static_range(1, BM // ROWS):
+        at = start + part * ROWS
+        a0, a1, a2, a3 = interval_keys(mask, batch, 0, at, n_queries, n_keys, ROWS, BN, RUNS)
+        t0, t1, t2, t3 = (
+            tl.minimum(t0, a0),
+            tl.maximum(t1, a1),
+            tl.minimum(t2, a2),
+            tl.maximum(t3, a3),
+        )
+    t1 = tl.minimum(t1, t3)
+    to = tiles + tl.cast(tl.program_id(0), tl.int64) * 4
+    tl.store(to, t0)
+    tl.store(to + 1, t1)
+    tl.store(to + 2, tl.maximum(t2, t1))
+    tl.store(to + 3, t3)
+
+
 @triton.jit
 def interval_queries(
     mask, batch, head, start, n_queries, n_keys, BM: tl.constexpr, BN: tl.constexpr

@@ -1,0 +1,107 @@
+"""How a pass of the Hopper engine is cut and shared out, from a call's setup to its constants."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashpatch_kernels import tuning
+from flashpatch_kernels.hopper.scheduling import listed_tiles
+from flashpatch_kernels.masks import Band, Mask
+from flashpatch_kernels.triton import launching, tile_masks
+from flashpatch_kernels.tuning import Crew, Tile
+
+
+class Constants(NamedTuple):
+    """What a kernel is compiled for, beside types.
+
+    D is the head size, R the queries of a consumer, BM those of a program, BN the keys of a tile; in
+    the backward pass R and BN are of keys, BM of queries, and of a tile of dQ a consumer computes
+    PART_ROWS and PART_COLUMNS;
+    of CONSUMERS warpgroups each thread has REGISTERS, and they issue products IN_TURN or as they
+    come; SLOTS tiles of keys and of values, and Q_SLOTS of queries, are in flight; PAIRED as in
+    `scheduling`. The rest is as in `launching.Constants`.
+    """
+
+    D: int
+    R: int
+    BM: int
+    BN: int
+    PART_ROWS: int
+    PART_COLUMNS: int
+    CONSUMERS: int
+    REGISTERS: int
+    IN_TURN: bool
+    HELD: bool
+    SLOTS: int
+    Q_SLOTS: int
+    PAIRED: bool
+    PLAIN: bool
+    CAP: bool
+    APPROXIMATE: bool
+    OWN: int
+    X: int
+    Y: int
+
+
+def tuned(call: launching.Setup, name: tuning.Pass) -> tuple[Tile, Constants]:
+    """The tile of a pass, and what it is compiled for."""
+    d = call.head_sizes[0]
+    crew = tuning.crew(d, name)
+    tile = crew.tile(name)
+    return tile, constants(crew, tile, d, paired(call.options.mask), *call.kinds[1:4], call.own)
+
+
+def paired(mask: Mask) -> bool:
+    """Whether later tiles of queries have more work than earlier ones."""
+    return not isinstance(mask, Band) or (mask.right is not None and mask.left is None)
+
+
+@lru_cache
+def constants(crew: Crew, tile: Tile, d: int, paired: bool, *rest: Any) -> Constants:
+    """What a pass is compiled for: one object for all calls alike, by which launches know it."""
+    by_rows = tile.BM // crew.consumers >= 64  # the fewest that a product has
+    part = (tile.BM // crew.consumers, d) if by_rows else (tile.BM, d // crew.consumers)
+    return Constants(
+        *(d, crew.rows, tile.BM, tile.BN, *part, crew.consumers, crew.registers, crew.in_turn, crew.held),
+        *(crew.slots, crew.own_slots, paired, *rest, 0, 0),
+    )
+
+
+def programs(device: torch.device, n_items: int) -> int:
+    """As many programs as the card runs at a time, one on each multiprocessor."""
+    return min(n_items, processors(device))
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """The card's multiprocessors; Hopper's usual number where there is no card."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def keys_of(mask: launching.MaskCode) -> Any:
+    """The device function that tells which key tiles a tile of queries meets."""
+    return mask.keys if mask.bounds[0] is None else listed_tiles
+
+
+def key_tiles(
+    mask: launching.MaskCode, tile: Tile, rows: int, n_queries: int, n_keys: int
+) -> Tensor | None:
+    """What `tile_masks.interval_keys` says of every tile of queries: int32 [1|B, 1, tiles, 4]."""
+    bounds, batch, _, row = mask.bounds
+    if bounds is None:
+        return None
+    runs, runs_batch = mask.runs
+    n_tiles = launching.cdiv(n_queries, tile.BM)
+    found = bounds.new_empty(mask.n_masks[0], 1, n_tiles, 4)
+    launching.launch(
+        tile_masks.key_tiles_kernel,
+        mask.n_masks[0] * n_tiles,
+        Tile(tile.BM, tile.BN, 4, 1),
+        *(found, bounds, batch, row, runs, runs_batch, n_queries, n_keys),
+        *(rows, tile.BM, tile.BN, runs is not None),
+    )
+    return found

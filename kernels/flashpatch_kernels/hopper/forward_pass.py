@@ -1,0 +1,319 @@
+"""Forward on Hopper: softmax(scores) v, with reading, products and softmax in warps of their own.
+
+One producer reads tiles of q, k and v through the copy engine; CONSUMERS warpgroups own R queries
+each and do the rest. A consumer starts the scores of tile x together with the values of tile x - 1,
+    S = Q K(x)^T        O = O + P V(x-1)
+and takes the softmax of S while O is still being computed. Consumers take turns at the tensor
+cores, so that one computes exponentials while the other multiplies. Programs stay for all their
+tiles, so that the first reads of the next go on while the last is finished.
+
+Letters: B batch, H query heads, N queries, M keys, D head size; a program owns BM = CONSUMERS * R
+queries of one head and reads BN keys at a time. All in base 2, as in `triton.forward_pass`.
+
+Source: Shah et al., FlashAttention-3 (2024), sections 3.1 and 3.2.
+"""
+
+import torch
+from torch import Tensor
+
+from flashpatch_kernels import triton as portable
+from flashpatch_kernels.hopper import crews
+from flashpatch_kernels.hopper.gluon import (
+    fence_async_shared,
+    gl,
+    jit,
+    kernel,
+    store_wait,
+    tma_store,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from flashpatch_kernels.hopper.rings import leave, matrix, put, ring, take
+from flashpatch_kernels.hopper.scheduling import (
+    await_turn,
+    edges_first,
+    pass_turn,
+    place,
+    turns,
+)
+from flashpatch_kernels.options import Options
+from flashpatch_kernels.triton import launching, scores, terms
+from flashpatch_kernels.triton.tiles import LOG2E, LOWEST
+
+LN2 = gl.constexpr(0.6931471805599453)
+
+
+@jit
+def produce(given, KEYS: gl.constexpr, RUNS: gl.constexpr, C: gl.constexpr):
+    """Reads, for every tile of this program, its queries and the keys and values they meet."""
+    Q, K, V, q_strides, k_strides, v_strides, sizes, mask, n_tiles, queries, keys, values = given
+    n_batch, n_heads, group, n_queries, n_keys = sizes
+    q = matrix(Q, q_strides, n_batch, n_heads, n_queries, C.D, C.R, C.D)
+    k = matrix(K, k_strides, n_batch, n_heads // group, n_keys, C.D, C.BN, C.D)
+    v = matrix(V, v_strides, n_batch, n_heads // group, n_keys, C.D, C.BN, C.D)
+    CONSUMERS: gl.constexpr = C.CONSUMERS
+    done = 0
+    for turn in range(turns(n_tiles, n_batch * n_heads, C.PAIRED)):
+        tile, bh = place(turn, n_tiles, n_batch * n_heads, C.PAIRED)
+        batch = bh // n_heads
+        head = bh % n_heads
+        start = tile * C.BM
+        for c in gl.static_range(CONSUMERS):
+            put(queries, turn * CONSUMERS + c, q, batch, head, start + c * C.R, C.Q_SLOTS)
+        t0, t1, t2, t3 = KEYS(mask, batch, head, start, n_queries, n_keys, C.BM, C.BN, RUNS)
+        n = gl.maximum(t3 - t0, 1)
+        for x in range(n):
+            key = edges_first(x, t0, t1, t2, t3) * C.BN
+            put(keys, done + x, k, batch, head // group, key, C.SLOTS)
+            put(values, done + x, v, batch, head // group, key, C.SLOTS)
+        done += n
+
+
+@jit
+def softmax_start(sinks, head, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The running maximum and sum before the first key, see `tiles.softmax_start`."""
+    m = gl.full([ROWS], LOWEST, gl.float32, LAYOUT)
+    l = gl.full([ROWS], 0.0, gl.float32, LAYOUT)
+    if sinks is not None:
+        sink = gl.load(sinks + head).to(gl.float32) * LOG2E
+        m = gl.maximum(m, sink)
+        l = gl.exp2(sink - m)
+    return m, l
+
+
+@jit
+def softmax_step(s, m, l, to_log2):
+    """The weights of one tile of scores, see `tiles.softmax_step`."""
+    m_new = gl.maximum(m, gl.max(s, 1) * to_log2)
+    p = gl.exp2(s * to_log2 - gl.expand_dims(m_new, 1))
+    alpha = gl.exp2(m - m_new)
+    return p, m_new, l * alpha + gl.sum(p, 1), alpha
+
+
+@jit
+def start_scores(q, k, C: gl.constexpr):
+    """Issues S = Q K^T: [R, D], [BN, D] -> [R, BN]."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BN, 16])
+    empty = gl.full([C.R, C.BN], 0.0, gl.float32, layout)
+    return warpgroup_mma(q, k.permute((1, 0)), empty, use_acc=False, is_async=True)
+
+
+@jit
+def weigh(
+    s, m, l, i, lo, hi, tile, batch, head, sizes, mask, score, sources, to_log2,
+    SEEN: gl.constexpr, RUNS: gl.constexpr, ADDS: gl.constexpr, C: gl.constexpr,
+    masked,
+):  # fmt: skip
+    """From the products [R, BN] of a tile of keys to its weights.
+
+    Returns:
+        p [R, BN], m [R], l [R], alpha [R].
+    """
+    n_queries, n_keys = sizes[3], sizes[4]
+    n = tile * C.BN
+    j = gl.expand_dims(n + gl.arange(0, C.BN, gl.SliceLayout(0, s.type.layout)), 0)
+    row = gl.expand_dims(i, 1)
+    if not C.PLAIN:
+        inside = gl.minimum(j, n_keys - 1)
+        s, _ = scores.scores(s, row, inside, 0, n, head, None, score, sources, C, ADDS)
+    if masked:
+        low = gl.expand_dims(lo, 1)
+        seen = SEEN(low, gl.expand_dims(hi, 1), row, j, mask, batch, head, n_queries, n_keys, RUNS)
+        s = gl.where(seen, s, float("-inf"))
+    return softmax_step(s, m, l, to_log2)
+
+
+@jit
+def operand(p, dtype: gl.constexpr, C: gl.constexpr):
+    """Weights as the left operand of the product with values, in registers."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D, 16])
+    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, layout, 2))
+
+
+@jit
+def consume(
+    given, consumer: gl.constexpr,
+    ROWS: gl.constexpr, SEEN: gl.constexpr, KEYS: gl.constexpr, RUNS: gl.constexpr,
+    OPENS: gl.constexpr, ADDS: gl.constexpr, C: gl.constexpr,
+):  # fmt: skip
+    """The output and lse of R queries of every tile of this program."""
+    (O, LSE, o_strides, sizes, mask, score, pointers, sinks, to_log2, n_tiles,
+     queries, keys, values) = given  # fmt: skip
+    n_batch, n_heads, _group, n_queries, n_keys = sizes
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BN, 16])
+    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D, 16])
+    dtype: gl.constexpr = O.dtype.element_ty
+    o = matrix(O, o_strides, n_batch, n_heads, n_queries, C.D, C.R, C.D)
+    done = 0
+    if C.IN_TURN and consumer == C.CONSUMERS - 1:
+        pass_turn(consumer, C.CONSUMERS, done)
+    for turn in range(turns(n_tiles, n_batch * n_heads, C.PAIRED)):
+        tile, bh = place(turn, n_tiles, n_batch * n_heads, C.PAIRED)
+        batch = bh // n_heads
+        head = bh % n_heads
+        start = tile * C.BM
+        t0, t1, t2, t3 = KEYS(mask, batch, head, start, n_queries, n_keys, C.BM, C.BN, RUNS)
+        n = gl.maximum(t3 - t0, 1)
+        edges = gl.minimum(n, gl.maximum(t1 - t0 + t3 - t2, 1))
+        i = start + consumer * C.R + gl.arange(0, C.R, gl.SliceLayout(1, S))
+        inside = gl.minimum(i, n_queries - 1)
+        lo, hi = ROWS(mask, batch, inside, n_queries, n_keys)
+        of_row = scores.of_row(score, batch)
+        sources = scores.opened(of_row, head, start, pointers, OPENS, C.R, C.BN)
+        m, l = softmax_start(sinks, head, C.R, gl.SliceLayout(1, S))
+        acc = gl.full([C.R, C.D], 0.0, gl.float32, A)
+
+        number = turn * C.CONSUMERS + consumer
+        own = take(queries, number, C.Q_SLOTS)
+        q = own.load(gl.DotOperandLayout(0, S, 2)) if C.HELD else own
+        k = take(keys, done, C.SLOTS)
+        if C.IN_TURN:
+            await_turn(consumer, done)
+        started = start_scores(q, k, C)
+        if C.IN_TURN:
+            pass_turn(consumer, C.CONSUMERS, done)
+        s = warpgroup_mma_wait(0, deps=(started,))
+        leave(keys, done, C.SLOTS)
+        first = edges_first(0, t0, t1, t2, t3)
+        p, m, l, _alpha = weigh(
+            s, m, l, inside, lo, hi, first, batch, head, sizes, mask, of_row, sources, to_log2,
+            SEEN, RUNS, ADDS, C, True,
+        )  # fmt: skip
+        p = operand(p, dtype, C)
+        for x in range(1, n):
+            m, l, acc, p = consume_step(
+                m, l, acc, p, q, keys, values, done + x, edges_first(x, t0, t1, t2, t3), inside,
+                lo, hi, batch, head, sizes, mask, of_row, sources, to_log2, consumer,
+                SEEN, RUNS, ADDS, C, x < edges,
+            )  # fmt: skip
+        done += n
+        v = take(values, done - 1, C.SLOTS)
+        added = warpgroup_mma(p, v, acc, is_async=True)
+        # A row that sees no key has l = 0: it gives 0 and -inf.
+        inverse = gl.where(l > 0, 1.0 / l, 0.0)
+        lse = (m + gl.log2(l)) * LN2
+        at = LSE + bh.to(gl.int64) * n_queries + i
+        gl.store(at, lse, mask=i < n_queries)
+        acc = warpgroup_mma_wait(0, deps=(added,))
+        leave(values, done - 1, C.SLOTS)
+        acc = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, A)), 1)
+        # The tile of q is not read any more: the output leaves through its memory.
+        own.store(acc.to(dtype))
+        fence_async_shared()
+        tma_store(o, [batch, head, start + consumer * C.R, 0], queries[0].index(number % C.Q_SLOTS))
+        store_wait(0)
+        leave(queries, number, C.Q_SLOTS)
+
+
+@jit
+def consume_step(
+    m, l, acc, p, q, keys, values, x, tile, i, lo, hi, batch, head, sizes, mask, score, sources,
+    to_log2, consumer: gl.constexpr,
+    SEEN: gl.constexpr, RUNS: gl.constexpr, ADDS: gl.constexpr, C: gl.constexpr,
+    masked,
+):  # fmt: skip
+    """Adds the values of tile x - 1, of weights p, and computes the weights of tile x meanwhile."""
+    k = take(keys, x, C.SLOTS)
+    if C.IN_TURN:
+        await_turn(consumer, x)
+    started = start_scores(q, k, C)
+    v = take(values, x - 1, C.SLOTS)
+    added = warpgroup_mma(p, v, acc, is_async=True)
+    if C.IN_TURN:
+        pass_turn(consumer, C.CONSUMERS, x)
+    s = warpgroup_mma_wait(1, deps=(started,))
+    leave(keys, x, C.SLOTS)
+    p_new, m, l, alpha = weigh(
+        s, m, l, i, lo, hi, tile, batch, head, sizes, mask, score, sources, to_log2,
+        SEEN, RUNS, ADDS, C, masked,
+    )  # fmt: skip
+    acc = warpgroup_mma_wait(0, deps=(added,))
+    leave(values, x - 1, C.SLOTS)
+    acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout)), 1)
+    return m, l, acc, operand(p_new, p.dtype, C)
+
+
+@kernel
+def forward_kernel(
+    Q, K, V, O, LSE,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
+    n_batch, n_heads, group, n_queries, n_keys, n_tiles, to_log2,
+    left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
+    tiles_of, tiles_batch, tiles_head,
+    factor, cap, sinks, pointers,
+    bias_batch, bias_head, bias_row, table_rows, table_row, first, last, origin,
+    ROWS: gl.constexpr, SEEN: gl.constexpr, KEYS: gl.constexpr, RUNS: gl.constexpr,
+    OPENS: gl.constexpr, ADDS: gl.constexpr, CODE: gl.constexpr, C: gl.constexpr,
+):  # fmt: skip
+    """All tiles of queries, shared by as many programs as there are. Strides are in C.UNIT."""
+    mask = (left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
+            tiles_of, tiles_batch, tiles_head)  # fmt: skip
+    sizes = (n_batch, n_heads, group, n_queries, n_keys)
+    score = (factor, cap, 0, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head, bias_row,
+             table_rows, table_row, first, last, origin)  # fmt: skip
+    dtype: gl.constexpr = Q.dtype.element_ty
+    queries = ring(C.Q_SLOTS, C.R, C.D, 1, 1, dtype)
+    keys = ring(C.SLOTS, C.BN, C.D, 1, C.CONSUMERS, dtype)
+    values = ring(C.SLOTS, C.BN, C.D, 1, C.CONSUMERS, dtype)
+    fence_async_shared()
+    q_strides = (q_batch, q_head, q_row)
+    k_strides = (k_batch, k_head, k_row)
+    v_strides = (v_batch, v_head, v_row)
+    o_strides = (o_batch, o_head, o_row)
+    given = (Q, K, V, q_strides, k_strides, v_strides, sizes, mask, n_tiles, queries, keys, values)
+    kept = (O, LSE, o_strides, sizes, mask, score, pointers, sinks, to_log2, n_tiles, queries, keys,
+            values)  # fmt: skip
+    if C.CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (produce, (given, KEYS, RUNS, C)),
+                (consume, (kept, 0, ROWS, SEEN, KEYS, RUNS, OPENS, ADDS, C)),
+                (consume, (kept, 1, ROWS, SEEN, KEYS, RUNS, OPENS, ADDS, C)),
+            ],
+            [4, 4],
+            [C.REGISTERS, C.REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (produce, (given, KEYS, RUNS, C)),
+                (consume, (kept, 0, ROWS, SEEN, KEYS, RUNS, OPENS, ADDS, C)),
+                (consume, (kept, 1, ROWS, SEEN, KEYS, RUNS, OPENS, ADDS, C)),
+                (consume, (kept, 2, ROWS, SEEN, KEYS, RUNS, OPENS, ADDS, C)),
+            ],
+            [4, 4, 4],
+            [C.REGISTERS, C.REGISTERS, C.REGISTERS],
+        )
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """softmax(cap(q k^T * scale) + terms) v and the natural logarithm of the softmax's sums.
+
+    Returns:
+        Output (B, H, N, D), laid out as (B, N, H, D), and lse, fp32 (B, H, N).
+    """
+    n_batch, n_heads, n_queries, d = q.shape
+    n_keys = k.shape[2]
+    out = q.new_empty(n_batch, n_queries, n_heads, d).transpose(1, 2)
+    lse = q.new_empty(n_batch, n_heads, n_queries, dtype=torch.float32)
+    call = launching.Setup.of(q, k, v, (out,), options)
+    if call.unit == 1:  # an address that no stride told of
+        return portable.forward(q, k, v, options)
+    tile, fixed = crews.tuned(call, "forward")
+    n_tiles = launching.cdiv(n_queries, tile.BM)
+    with launching.on(q.device):
+        added = terms.terms_of(call, both=False)
+        launching.launch(
+            forward_kernel,
+            crews.programs(q.device, n_tiles * n_batch * n_heads),
+            tile,
+            *(q, k, v, out, lse),
+            *call.strides(q, k, v, out),
+            *(*call.sizes, n_tiles),
+            call.to_log2,
+            *call.mask.arguments(crews.key_tiles(call.mask, tile, fixed.R, n_queries, n_keys)),
+            *(*call.cap, options.sinks, added.straight.pointers, *added.numbers[:8]),
+            *(call.mask.rows, call.mask.seen, crews.keys_of(call.mask), call.mask.has_runs),
+            *(added.straight.opens, added.straight.adds, added.straight.code, fixed),
+        )
+    return out, lse

@@ -1,0 +1,79 @@
+"""Rings of tiles in shared memory, from the warps that read memory to those that compute.
+
+A ring is (tiles, full, free): SLOTS tiles [1, 1, ROWS, D], a barrier for each that tells its
+readers that it is there, and one that tells the producer that they have done with it. Everything
+that goes through a ring has a number, counted from 0: its slot and the phase of its barriers follow
+from that.
+"""
+
+from flashpatch_kernels.hopper.gluon import gl, jit, mbarrier, tma, tma_load
+
+
+@jit
+def ring(
+    SLOTS: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr,
+    WRITERS: gl.constexpr, READERS: gl.constexpr, dtype: gl.constexpr,
+):  # fmt: skip
+    """A ring of empty slots, full after WRITERS arrivals and read by READERS partitions."""
+    shape: gl.constexpr = (1, 1, ROWS, D)
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(shape, dtype)
+    tiles = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, ROWS, D], layout)
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=WRITERS)
+        mbarrier.init(free.index(slot), count=READERS)
+    return tiles, full, free
+
+
+@jit
+def put(ring, number, matrix, batch, head, row, SLOTS: gl.constexpr):
+    """Reads a tile of a matrix into its slot, once that is free."""
+    tiles, full, free = ring
+    slot = number % SLOTS
+    mbarrier.wait(free.index(slot), (number // SLOTS & 1) ^ 1)
+    mbarrier.expect(full.index(slot), matrix.block_type.nbytes)
+    tma_load(matrix, [batch, head, row, 0], full.index(slot), tiles.index(slot))
+
+
+@jit
+def take(ring, number, SLOTS: gl.constexpr):
+    """The tile of a number, [ROWS, D], once it is there."""
+    tiles, full, _ = ring
+    slot = number % SLOTS
+    mbarrier.wait(full.index(slot), number // SLOTS & 1)
+    tile = tiles.index(slot)
+    return tile.reshape([tile.shape[2], tile.shape[3]])
+
+
+@jit
+def leave(ring, number, SLOTS: gl.constexpr):
+    """Says that this partition has done with a tile."""
+    mbarrier.arrive(ring[2].index(number % SLOTS), count=1)
+
+
+@jit
+def matrix(
+    base,
+    strides,
+    n_batch,
+    n_heads,
+    n_rows,
+    D: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+):
+    """[n_batch, n_heads, n_rows, D] as the copy engine knows it, [ROWS, COLUMNS] of it at a time.
+
+    `strides` are those of the first three dimensions, in units of 16 bytes.
+    """
+    dtype: gl.constexpr = base.dtype.element_ty
+    UNIT: gl.constexpr = 128 // dtype.primitive_bitwidth
+    shape: gl.constexpr = (1, 1, ROWS, COLUMNS)
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(shape, dtype)
+    batch = strides[0].to(gl.int64) * UNIT
+    head = strides[1].to(gl.int64) * UNIT
+    row = strides[2].to(gl.int64) * UNIT
+    return tma.make_tensor_descriptor(
+        base, [n_batch, n_heads, n_rows, D], [batch, head, row, 1], shape, layout
+    )
