@@ -2,7 +2,7 @@
 
 `record` makes a call's launches without running them, `compile_launch` compiles one for a target,
 and `resources` reads registers and local memory from the machine code. As a script it prints a
-table: `python benchmarks/triton_resources.py 64 128 --dtype bfloat16`.
+table: `python benchmarks/triton_resources.py 64 128 --dtype bfloat16 --engine hopper`.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -25,8 +26,8 @@ from triton.compiler import ASTSource
 from flashpatch_kernels import tuning
 from flashpatch_kernels.masks import Band, Boolean, Intervals, Mask
 from flashpatch_kernels.options import Options, Relative, Score
-from flashpatch_kernels.triton import backward, forward, launching
-from flashpatch_kernels.tuning import Tile
+from flashpatch_kernels.triton import launching
+from flashpatch_kernels.tuning import Crew, Tile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
@@ -56,9 +57,10 @@ class Resources(NamedTuple):
         registers: Per thread.
         local_bytes: Local memory per thread: what did not fit in registers.
         hot_spills: Loads and stores of local memory within the loops over tiles that are wholly
-            seen, where they would cost time.
+            seen, where they would cost time; of a Gluon kernel within all loops with products.
         shared_bytes: Per program.
         mma: Tensor core instructions.
+        serialized: Whether the assembler lets a Gluon kernel wait for each of its products.
     """
 
     registers: int
@@ -66,6 +68,7 @@ class Resources(NamedTuple):
     hot_spills: int
     shared_bytes: int
     mma: int
+    serialized: bool
 
 
 # Functions of scores as users write them.
@@ -98,6 +101,7 @@ def masks(n: int, device: str = "meta") -> dict[str, Mask]:
     allowed = torch.empty(2, 1, n, n, dtype=torch.bool, device=device)
     return {
         "band": Band(),
+        "causal": Band(right=0),
         "intervals": Intervals(bounds),
         "runs": Intervals(bounds, runs),
         "boolean": Boolean(allowed),
@@ -133,16 +137,21 @@ def terms(heads: int, n: int, dtype: torch.dtype, size: int, dv: int) -> dict[st
 
 
 @contextmanager
-def recording(arch: str, tiles: dict[str, Tile] | None = None) -> Iterator[list[Launch]]:
+def recording(
+    arch: str, tiles: dict[str, Tile] | None = None, crews: dict[str, Crew] | None = None
+) -> Iterator[list[Launch]]:
     """Within, launches are listed instead of made, for a card of architecture `arch`.
 
-    `tiles` replace the table's, by pass.
+    `tiles` and `crews` replace the tables', by pass.
     """
     launches: list[Launch] = []
-    table = tuning.tile
+    tile_of, crew_of = tuning.tile, tuning.crew
 
     def tile(asked: tuning.Question, name: Any) -> Tile:
-        return (tiles or {}).get(name) or table(asked, name)
+        return (tiles or {}).get(name) or tile_of(asked, name)
+
+    def crew(size: int, name: Any) -> Crew:
+        return (crews or {}).get(name) or crew_of(size, name)
 
     def launch(kernel: Any, n_programs: int, tile: Tile, *arguments: Any) -> None:
         launches.append(Launch(kernel, n_programs, tile, arguments))
@@ -151,6 +160,7 @@ def recording(arch: str, tiles: dict[str, Tile] | None = None) -> Iterator[list[
         mock.patch.object(launching, "launch", launch),
         mock.patch.object(tuning, "architecture", return_value=arch),
         mock.patch.object(tuning, "tile", tile),
+        mock.patch.object(tuning, "crew", crew),
         mock.patch.object(launching, "passes", launching.Passes),
     ):
         yield launches
@@ -169,8 +179,11 @@ def record(
     needs: tuple[str, ...] | None = None,
     passes: tuple[str, ...] = ("forward", "backward"),
     tiles: dict[str, Tile] | None = None,
+    crews: dict[str, Crew] | None = None,
+    engine: str = "triton",
 ) -> list[Launch]:
     """The launches of a forward and a backward of head size `size`, of all gradients by default."""
+    module = import_module(f"flashpatch_kernels.{engine}")
     n, heads, dv = 1024, 2 * group, value_size or size
     extra = 0 if aligned else 1
 
@@ -181,13 +194,13 @@ def record(
     q, k, v = tensor(heads, size), tensor(2, size), tensor(2, dv)
     more = {} if term is None else terms(heads, n, dtype, size, dv)[term]
     options = Options(mask=masks(n)[mask], scale=size**-0.5, **more)
-    with recording(arch, tiles) as launches:
-        out, lse = forward(q, k, v, options)
+    with recording(arch, tiles, crews) as launches:
+        out, lse = module.forward(q, k, v, options)
         if "forward" not in passes:
             launches.clear()
         if "backward" in passes:
             names = ("q", "k", "v", *options.terms) if needs is None else needs
-            backward(tensor(heads, dv), None, q, k, v, out, lse, options, frozenset(names))
+            module.backward(tensor(heads, dv), None, q, k, v, out, lse, options, frozenset(names))
     return launches
 
 
@@ -213,31 +226,45 @@ def compile_launch(launch: Launch, capability: int = 90) -> Any:
 
     for at, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=True)):
         signature[name] = kind(value, (at,), fixed=name in constant)
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    source = source_type(kernel)(kernel, signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options=launching.compile_options(tile))
 
 
+def source_type(kernel: Any) -> type[ASTSource]:
+    """What Triton compiles a kernel as."""
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
+
+
 def resources(compiled: Any) -> Resources:
     """Registers, local and shared memory, from the machine code."""
+    is_gluon = type(compiled.src) is not ASTSource
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
         usage = tool("cuobjdump", "-res-usage", binary)
         code = tool("nvdisasm", "-c", binary)
+        # Asked of those kernels only that were written for it: assembling them again takes time.
+        told = assembled(compiled.asm["ptx"], Path(folder)) if is_gluon else ""
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     instructions, loops = parse(code)
     hot = [loop for loop in loops if is_innermost(loop, loops)]
-    # Of the loops with products the shortest is the one that tests no element.
     busy = [loop for loop in hot if has_products(instructions[loop[0] : loop[1]])]
-    hottest = min(busy, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+    # Of the loops with products the shortest is the one that tests no element. In Gluon each
+    # warpgroup has its own.
+    hottest = busy if is_gluon else sorted(busy, key=lambda loop: loop[1] - loop[0])[:1]
     return Resources(
         int(found[1]),
         int(found[2]),
-        count(instructions[hottest[0] : hottest[1]], ("LDL", "STL")),
+        sum(count(instructions[start:end], ("LDL", "STL")) for start, end in hottest),
         compiled.metadata.shared,
         count(instructions, MMA),
+        "wgmma.mma_async instructions are serialized" in told,
     )
 
 
@@ -247,7 +274,15 @@ MMA = ("HGMMA", "HMMA")
 def tool(name: str, *arguments: Any) -> str:
     """What one of the tools that come with Triton prints."""
     command = [str(TOOLS / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def assembled(ptx: str, folder: Path) -> str:
+    """What the assembler says of a Hopper kernel."""
+    source = folder / "kernel.ptx"
+    source.write_text(ptx)
+    return tool("ptxas", "-arch=sm_90a", "-v", source, "-o", folder / "again.cubin")
 
 
 def parse(code: str) -> tuple[list[str], list[tuple[int, int]]]:
@@ -288,6 +323,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--mask", default="band", choices=list(masks(1)))
     parser.add_argument("--arch", default="sm90")
+    parser.add_argument("--engine", default="triton", choices=["triton", "hopper"])
     parser.add_argument("--unaligned", action="store_true")
     parser.add_argument("--group", type=int, default=1)
     parser.add_argument("--term", choices=list(terms(1, 1, torch.float32, 1, 1)))
@@ -302,6 +338,7 @@ def main() -> None:
             aligned=not arguments.unaligned,
             group=arguments.group,
             term=arguments.term,
+            engine=arguments.engine,
         )
         for launch in launches:
             start = time.perf_counter()

@@ -135,7 +135,7 @@ def test_a_training_step_errs_no_more_than_unpatched(name, dtype, padding, monke
 
     assert engines.total() > 0
     if dtype != torch.float32:
-        assert set(engines) == {"triton"}
+        assert set(engines) <= {"hopper", "triton"}
     floor = torch.finfo(dtype).eps
     for key, right in want.items():
         size = right.norm() + 1e-3 * want["loss"]

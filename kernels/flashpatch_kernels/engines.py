@@ -8,10 +8,11 @@ Letters: B batch, H query heads, H_kv key heads, N queries, M keys, D head size,
 """
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,9 +20,18 @@ from torch import Tensor
 from flashpatch_kernels.masks import Band, Boolean, Intervals
 from flashpatch_kernels.options import Options
 
+
+def _triton_version() -> tuple[int, int]:
+    """Of the Triton that is installed, by whatever name, without importing it; 0, 0 if none is."""
+    spec = find_spec("triton")
+    text = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
+    found = re.search(r"__version__ = ['\"](\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
 TRITON_INSTALLED = find_spec("triton") is not None
 # Triton's language of warps and shared memory, as the Hopper kernels write it.
-GLUON_INSTALLED = TRITON_INSTALLED and tuple(map(int, version("triton").split(".")[:2])) >= (3, 6)
+GLUON_INSTALLED = _triton_version() >= (3, 6)
 
 # Up to so many scores per head, PyTorch's attention is the fastest on a CPU even if a mask or a
 # bias is materialised for it. A mask serves all heads; a bias is a matrix of each.
@@ -146,9 +156,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def _aligned(x: Tensor) -> bool:
     """Whether every row starts at a multiple of 16 bytes, as far as its strides tell."""
     *strides, last = x.stride()
-    # An offset cannot be traced; one that is not a multiple is found again when the call is made.
-    offset = 0 if torch.compiler.is_compiling() else x.storage_offset()
-    return last == 1 and not any(n * x.element_size() % 16 for n in (*strides, offset))
+    return last == 1 and not any(n * x.element_size() % 16 for n in reversed(strides))
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:
@@ -247,8 +255,8 @@ HOPPER = Engine(
     requirements=(
         (Reason("HOPPER_GLUON", "Triton 3.6 or newer is not installed"), lambda _: GLUON_INSTALLED),
         (
-            Reason("HOPPER_DEVICE", "the Hopper kernels need compute capability 9.0"),
-            lambda c: c.device == "cuda" and c.capability == (9, 0),
+            Reason("HOPPER_DEVICE", "the Hopper kernels need an NVIDIA card of capability 9.0"),
+            lambda c: c.device == "cuda" and c.capability == (9, 0) and not torch.version.hip,
         ),
         (
             Reason("HOPPER_DTYPE", "the Hopper kernels take float16 and bfloat16"),

@@ -52,7 +52,7 @@ class Crew(NamedTuple):
     slots: int
     own_slots: int
     registers: int
-    in_turn: bool
+    in_turn: bool = False
     held: bool = False
 
     @property
@@ -67,11 +67,11 @@ class Crew(NamedTuple):
 
 
 CREWS: dict[tuple[Pass, int], Crew] = {
-    ("forward", 64): Crew(3, 64, 128, slots=4, own_slots=6, registers=160, in_turn=True),
-    ("forward", 128): Crew(2, 64, 128, slots=2, own_slots=4, registers=240, in_turn=True, held=True),
-    ("forward", 256): Crew(2, 64, 64, slots=2, own_slots=2, registers=240, in_turn=True),
-    ("dkdv", 64): Crew(2, 64, 128, slots=2, own_slots=2, registers=240, in_turn=False),
-    ("dkdv", 128): Crew(2, 64, 64, slots=2, own_slots=2, registers=240, in_turn=False),
+    ("forward", 64): Crew(3, 64, 128, 4, 6, 160, in_turn=True),
+    ("forward", 128): Crew(2, 64, 128, 2, 4, 240, in_turn=True, held=True),
+    ("forward", 256): Crew(2, 64, 64, 2, 2, 240, in_turn=True),
+    ("dkdv", 64): Crew(2, 64, 128, 2, 2, 240),
+    ("dkdv", 128): Crew(2, 64, 64, 2, 2, 240),
 }
 
 

@@ -1,10 +1,15 @@
 """What the kernels' tests share: random calls, and plain PyTorch's answer to them."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -268,6 +273,12 @@ def mask_name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=[name for name in MASKS if not name.startswith("boolean")])
+def range_mask_name(request: pytest.FixtureRequest) -> str:
+    """The masks that are no matrices: every query sees a range of keys."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def sample() -> Callable[..., Sample]:
     return _sample
@@ -289,3 +300,57 @@ def check(assert_as_exact_as_pytorch: Callable[..., None]) -> Callable[..., None
             assert_as_exact_as_pytorch(ours[name], theirs[name], exact[name], name)
 
     return check
+
+
+# Reads calls, one a line; writes what each of their kernels needs.
+RESOURCES = """
+import json, sys
+import torch
+import triton_resources
+for line in sys.stdin:
+    call = json.loads(line)
+    dtype = getattr(torch, call.pop("dtype"))
+    torch.set_float32_matmul_precision(call.pop("precision", "highest"))
+    for launch in triton_resources.record("sm90", dtype, **call):
+        found = triton_resources.resources(triton_resources.compile_launch(launch))
+        print(json.dumps([line, launch.kernel.__name__, found._asdict()]), flush=True)
+"""
+
+
+def _compiling(code: str, **options: Any) -> subprocess.Popen[str]:
+    """A process in which Triton compiles, with what the tests and the benchmarks define.
+
+    Its own, because the interpreter's tests may have asked for Python functions, not kernels.
+    """
+    tests = Path(__file__).parent
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    folders = [str(tests.parents[1] / "benchmarks"), str(tests), *sys.path]
+    environment["PYTHONPATH"] = os.pathsep.join(folders)
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, **options)
+
+
+@pytest.fixture(scope="session")
+def compiling() -> Callable[..., subprocess.Popen[str]]:
+    return _compiling
+
+
+@pytest.fixture(scope="session")
+def kernels_of() -> Callable[[list[dict[str, Any]]], dict[str, list[tuple[str, dict[str, Any]]]]]:
+    """Calls -> by call, in JSON, its kernels and what each needs of a Hopper card."""
+
+    def kernels_of(calls: list[dict[str, Any]]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+        workers = [_compiling(RESOURCES, stdin=subprocess.PIPE) for _ in range(2)]
+        for at, worker in enumerate(workers):
+            assert worker.stdin is not None
+            worker.stdin.writelines(json.dumps(call) + "\n" for call in calls[at::2])
+            worker.stdin.flush()
+        found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        for worker in workers:
+            answer, _ = worker.communicate()
+            assert worker.returncode == 0
+            for call, kernel, resources in map(json.loads, answer.splitlines()):
+                found.setdefault(call.strip(), []).append((kernel, resources))
+        return found
+
+    return kernels_of

@@ -1,13 +1,24 @@
 """Which engine takes a call, and that the reason of each that does not is told."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from flashpatch_kernels import engines, op
-from flashpatch_kernels.engines import COMMON, ENGINES, SDPA, TILED, TRITON, Call, choose, why_not
+from flashpatch_kernels.engines import (
+    COMMON,
+    ENGINES,
+    HOPPER,
+    SDPA,
+    TILED,
+    TRITON,
+    Call,
+    choose,
+    why_not,
+)
 from flashpatch_kernels.masks import Band, Boolean, Intervals, key_mask
 from flashpatch_kernels.options import Options
 
@@ -22,6 +33,15 @@ UNMET = {
     "MIXED": (TILED, replace(CPU, mixed=True)),
     "DTYPE": (TILED, replace(CPU, dtype=torch.float8_e5m2)),
     "HEADS": (TILED, replace(CPU, heads=3, kv_heads=2)),
+    "HOPPER_GLUON": (HOPPER, CUDA),
+    "HOPPER_DEVICE": (HOPPER, replace(CUDA, capability=(10, 0))),
+    "HOPPER_DTYPE": (HOPPER, replace(CUDA, dtype=torch.float32)),
+    "HOPPER_HEAD_SIZE": (HOPPER, replace(CUDA, value_size=128)),
+    "HOPPER_ALIGNMENT": (HOPPER, replace(CUDA, aligned=False)),
+    "HOPPER_MASK": (HOPPER, replace(CUDA, **BOOLEAN)),
+    "HOPPER_BIAS": (HOPPER, replace(CUDA, relative=True)),
+    "HOPPER_SCORE": (HOPPER, replace(CUDA, score=True)),
+    "HOPPER_DROPOUT": (HOPPER, replace(CUDA, dropout=0.1)),
     "TRITON_MISSING": (TRITON, CUDA),
     "TRITON_DEVICE": (TRITON, CPU),
     "TRITON_DTYPE": (TRITON, replace(CUDA, dtype=torch.float64)),
@@ -45,6 +65,7 @@ UNMET = {
 @pytest.fixture(autouse=True)
 def triton_installed(monkeypatch):
     monkeypatch.setattr(engines, "TRITON_INSTALLED", True)
+    monkeypatch.setattr(engines, "GLUON_INSTALLED", True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
@@ -53,6 +74,8 @@ def test_the_first_requirement_that_is_not_met_is_the_reason(name, monkeypatch):
     engine, call = UNMET[name]
     if name == "TRITON_MISSING":
         monkeypatch.setattr(engines, "TRITON_INSTALLED", False)
+    if name == "HOPPER_GLUON":
+        monkeypatch.setattr(engines, "GLUON_INSTALLED", False)
     assert why_not(engine, call).name == name
 
 
@@ -78,11 +101,26 @@ def test_a_reason_prints_as_its_sentence():
 @pytest.mark.parametrize(
     ("call", "engine"),
     [
-        (CUDA, "triton"),
-        (replace(CUDA, **CAUSAL), "triton"),
-        (replace(CUDA, **INTERVALS), "triton"),
-        (replace(CUDA, lse=True), "triton"),
-        (replace(CUDA, heads=8, kv_heads=2), "triton"),
+        (CUDA, "hopper"),
+        (replace(CUDA, dtype=torch.float16), "hopper"),
+        (replace(CUDA, **CAUSAL), "hopper"),
+        (replace(CUDA, **INTERVALS), "hopper"),
+        (replace(CUDA, lse=True), "hopper"),
+        (replace(CUDA, heads=8, kv_heads=2), "hopper"),
+        (replace(CUDA, needs_grad=True), "hopper"),
+        (replace(CUDA, softcap=True), "hopper"),
+        (replace(CUDA, sinks=True, **INTERVALS), "hopper"),
+        (replace(CUDA, head_size=128, value_size=128), "hopper"),
+        (replace(CUDA, head_size=256, value_size=256), "hopper"),
+        (replace(CUDA, n_queries=257), "hopper"),
+        (replace(CUDA, n_queries=256), "triton"),
+        (replace(CUDA, aligned=False), "triton"),
+        (replace(CUDA, head_size=96, value_size=96), "triton"),
+        (replace(CUDA, head_size=128), "triton"),
+        (replace(CUDA, capability=(8, 0)), "triton"),
+        (replace(CUDA, capability=(8, 0), **INTERVALS), "triton"),
+        (replace(CUDA, capability=(8, 0), softcap=True), "triton"),
+        (replace(CUDA, capability=(10, 0)), "triton"),
         (replace(CUDA, dtype=torch.float32), "sdpa"),
         (replace(CUDA, dtype=torch.float32, **CAUSAL), "sdpa"),
         (replace(CUDA, dtype=torch.float32, **INTERVALS), "triton"),
@@ -94,13 +132,13 @@ def test_a_reason_prints_as_its_sentence():
         (replace(CUDA, head_size=520, value_size=520), "sdpa"),
         (replace(CUDA, dropout=0.1), "sdpa"),
         (replace(CUDA, dropout=0.1, **INTERVALS), "triton"),
+        (replace(CUDA, bias=True), "triton"),
         (replace(CUDA, bias=True, bias_grad=True), "triton"),
         (replace(CUDA, table=True), "triton"),
         (replace(CUDA, n_queries=1), "sdpa"),
         (replace(CUDA, n_queries=1, sinks=True), "triton"),
         (replace(CUDA, table=True, n_queries=1), "sdpa"),
-        (replace(CUDA, softcap=True), "triton"),
-        (replace(CUDA, sinks=True, **INTERVALS), "triton"),
+        (replace(CUDA, relative=True), "triton"),
         (replace(CUDA, score=True), "triton"),
         (CPU, "sdpa"),
         (replace(CPU, dtype=torch.float64), "sdpa"),
@@ -128,6 +166,8 @@ def test_the_engine_of_choice(call, engine):
 
 
 def test_without_triton_a_cuda_call_runs_all_the_same(monkeypatch):
+    monkeypatch.setattr(engines, "GLUON_INSTALLED", False)
+    assert choose(CUDA).name == "triton"
     monkeypatch.setattr(engines, "TRITON_INSTALLED", False)
     assert choose(CUDA).name == "sdpa"
     assert choose(replace(CUDA, **INTERVALS)).name == "tiled"
@@ -178,6 +218,68 @@ def test_a_call_is_described_by_its_metadata():
     with torch.no_grad():
         assert not Call.of(q, k, v, options).needs_grad
     assert Call.of(q, k.double(), v, options).mixed
+
+
+def test_rows_are_aligned_if_they_lie_multiples_of_16_bytes_apart():
+    x = torch.randn(2, 300, 4, 80, dtype=torch.bfloat16)
+    rows = x[..., :64].transpose(1, 2)
+
+    def aligned(q, k, v):
+        return Call.of(q, k, v, Options()).aligned
+
+    assert aligned(rows, rows, rows)
+    assert aligned(rows, x[..., 8:72].transpose(1, 2), rows)
+    assert aligned(rows, rows[:1, :1].expand(rows.shape), rows)
+    for other in (
+        x[..., :68].contiguous()[..., :64].transpose(1, 2),
+        rows.mT.contiguous().mT,
+        x[..., :80:2].transpose(1, 2),
+    ):
+        assert not aligned(other, rows, rows)
+        assert not aligned(rows, other, rows)
+        assert not aligned(rows, rows, other)
+    floats = torch.randn(2, 4, 300, 68)[..., :64]
+    assert aligned(floats, floats, floats)
+
+
+@pytest.mark.parametrize("error", [ImportError, ModuleNotFoundError, AttributeError])
+def test_where_gluon_has_changed_the_portable_kernels_run(error, monkeypatch):
+    portable = SimpleNamespace()
+
+    def import_module(name):
+        if name == "flashpatch_kernels.triton":
+            return portable
+        raise error(name)
+
+    monkeypatch.setattr(op, "import_module", import_module)
+    monkeypatch.setattr(op, "_module", op._module.__wrapped__)
+    assert op._module("hopper") is portable
+    with pytest.raises(error, match="tiled"):
+        op._module("tiled")
+
+
+@pytest.mark.filterwarnings("ignore:Triton .* does not compile:UserWarning")
+def test_where_gluon_does_not_compile_the_portable_kernels_run(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from triton.compiler.errors import CompilationError
+
+    from flashpatch_kernels import hopper
+
+    tried = []
+
+    def broken(*arguments):
+        tried.append(arguments)
+        raise CompilationError("tma.load()", None, "no attribute of that name")
+
+    monkeypatch.setattr(hopper, "_ERRORS", [])
+    monkeypatch.setattr(hopper.forward_pass, "forward", broken)
+    monkeypatch.setattr(hopper.portable, "forward", lambda *arguments: arguments)
+    monkeypatch.setattr(hopper.portable, "backward", lambda *arguments: arguments)
+    with pytest.warns(UserWarning, match="portable ones run instead: no attribute of that name"):
+        assert hopper.forward(1, 2) == (1, 2)
+    assert hopper.forward(3) == (3,)
+    assert hopper.backward(4) == (4,)
+    assert tried == [(1, 2)]
 
 
 def test_without_gradients_a_learned_bias_is_fused_too(sample, monkeypatch):

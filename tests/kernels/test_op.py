@@ -520,7 +520,7 @@ BAD = {
     "dropout type": (TypeError, "dropout must be a number, not '0.1'", {"dropout": "0.1"}),
     "engine": (
         ValueError,
-        "engine must be one of triton, sdpa, tiled, reference, not 'flash'",
+        "engine must be one of hopper, triton, sdpa, tiled, reference, not 'flash'",
         {"engine": "flash"},
     ),
     "engine that cannot": (

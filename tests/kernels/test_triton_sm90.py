@@ -4,10 +4,6 @@ A kernel that no longer fits its registers is still right, and slow: no other te
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,9 +11,6 @@ import pytest
 pytestmark = pytest.mark.xdist_group("sm90")
 
 pytest.importorskip("triton", reason="Triton is not installed")
-
-TESTS = Path(__file__).parent
-BENCHMARKS = TESTS.parents[1] / "benchmarks"
 
 # Shared memory that a program may have on Hopper.
 SHARED_BYTES = 227 * 1024
@@ -78,22 +71,6 @@ HOT_SPILLS = {
     ("forward_kernel", 128, "bfloat16", "key bias"): 4,
 }
 
-# Reads calls, one a line; writes what each of their kernels needs. A process of its own, because
-# the interpreter's tests may have asked for Python functions instead of kernels.
-WORKER = """
-import json, sys
-import torch
-import triton_resources
-for line in sys.stdin:
-    call = json.loads(line)
-    dtype = getattr(torch, call.pop("dtype"))
-    torch.set_float32_matmul_precision(call.pop("precision", "highest"))
-    for launch in triton_resources.record("sm90", dtype, **call):
-        found = triton_resources.resources(triton_resources.compile_launch(launch))
-        print(json.dumps([line, launch.kernel.__name__, found._asdict()]), flush=True)
-"""
-
-
 # Prints the code of the forward kernel with each of two functions.
 COMPILED = """
 import score_functions, torch, triton_resources
@@ -107,28 +84,9 @@ for function in (score_functions.add_two, score_functions.add_three):
 """
 
 
-def process(code, **options):
-    """A process in which Triton compiles, with what the tests and the benchmarks define."""
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), str(TESTS), *sys.path])
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, **options)
-
-
 @pytest.fixture(scope="module")
-def needs():
-    """(call, kernel) -> what the kernel needs; compiled by two processes."""
-    workers = [process(WORKER, stdin=subprocess.PIPE) for _ in range(2)]
-    for at, worker in enumerate(workers):
-        worker.stdin.writelines(json.dumps(call) + "\n" for call in CALLS[at::2])
-        worker.stdin.flush()
-    found = {}
-    for worker in workers:
-        answer, _ = worker.communicate()
-        assert worker.returncode == 0
-        for call, kernel, resources in map(json.loads, answer.splitlines()):
-            found.setdefault(call.strip(), []).append((kernel, resources))
-    return found
+def needs(kernels_of):
+    return kernels_of(CALLS)
 
 
 @pytest.mark.parametrize("call", [json.dumps(call) for call in CALLS])
@@ -159,9 +117,9 @@ def test_statistics_have_a_launch_of_their_own_only_where_sums_come_before_dq(ne
     assert all(call["dtype"] == "float32" and "term" in call for call in facts)
 
 
-def test_score_functions_of_one_name_are_compiled_apart():
+def test_score_functions_of_one_name_are_compiled_apart(compiling):
     """Triton's cache on disk goes by the names of functions that come in a tuple."""
-    answer, _ = process(COMPILED).communicate()
+    answer, _ = compiling(COMPILED).communicate()
     assert len(set(answer.splitlines())) == 2
 
 

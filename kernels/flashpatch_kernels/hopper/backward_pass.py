@@ -5,9 +5,10 @@ a consumer computes, in the letters of `triton.backward_pass`,
     S^T = K Q^T     dP^T = V dO^T     P^T, dS^T in registers
     dV += P^T dO    dK += dS^T Q      dQ = dS K
 where dS goes through shared memory, because dQ sums over the keys of all consumers: each computes
-its part of the rows, or of the columns where rows are few. The producer, which reads, also adds dQ to a matrix in float32, by the copy
-engine: in no fixed order, so that its last bits may differ from run to run. dK and dV are the same
-every time.
+some of the rows, or of the columns where rows are few, and multiplies them while it computes the
+weights of the next tile. The producer, which reads, also adds dQ to a matrix in float32, by the
+copy engine: in no fixed order, so that its last bits may differ from run to run. dK and dV are the
+same every time.
 
 Letters: B batch, H query heads, N queries, M keys, D head size.
 
@@ -385,7 +386,7 @@ def backward(
     What these kernels do not compute the portable ones do: other head sizes, capped scores, some of
     the gradients alone; and all of them where PyTorch is asked for deterministic algorithms.
     """
-    dout = launching.readable(dout)
+    q, k, v, dout = (launching.readable(t) for t in (q, k, v, dout))
     grads = {name: torch.empty_like(t) for name, t in (("q", q), ("k", k), ("v", v))}
     call = launching.Setup.of(q, k, v, (out, dout, *grads.values()), options)
     served = (

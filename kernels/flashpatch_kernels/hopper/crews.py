@@ -16,9 +16,9 @@ from flashpatch_kernels.tuning import Crew, Tile
 class Constants(NamedTuple):
     """What a kernel is compiled for, beside types.
 
-    D is the head size, R the queries of a consumer, BM those of a program, BN the keys of a tile; in
-    the backward pass R and BN are of keys, BM of queries, and of a tile of dQ a consumer computes
-    PART_ROWS and PART_COLUMNS;
+    D is the head size, R the queries of a consumer, BM those of a program, BN the keys of a tile;
+    in the backward pass R and BN are of keys, BM of queries, and of a tile of dQ a consumer
+    computes PART_ROWS and PART_COLUMNS;
     of CONSUMERS warpgroups each thread has REGISTERS, and they issue products IN_TURN or as they
     come; SLOTS tiles of keys and of values, and Q_SLOTS of queries, are in flight; PAIRED as in
     `scheduling`. The rest is as in `launching.Constants`.
@@ -64,8 +64,9 @@ def constants(crew: Crew, tile: Tile, d: int, paired: bool, *rest: Any) -> Const
     by_rows = tile.BM // crew.consumers >= 64  # the fewest that a product has
     part = (tile.BM // crew.consumers, d) if by_rows else (tile.BM, d // crew.consumers)
     return Constants(
-        *(d, crew.rows, tile.BM, tile.BN, *part, crew.consumers, crew.registers, crew.in_turn, crew.held),
-        *(crew.slots, crew.own_slots, paired, *rest, 0, 0),
+        *(d, crew.rows, tile.BM, tile.BN, *part),
+        *(crew.consumers, crew.registers, crew.in_turn, crew.held, crew.slots, crew.own_slots),
+        *(paired, *rest, 0, 0),
     )
 
 

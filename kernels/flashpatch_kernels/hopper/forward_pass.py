@@ -292,6 +292,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     Returns:
         Output (B, H, N, D), laid out as (B, N, H, D), and lse, fp32 (B, H, N).
     """
+    q, k, v = (launching.readable(t) for t in (q, k, v))
     n_batch, n_heads, n_queries, d = q.shape
     n_keys = k.shape[2]
     out = q.new_empty(n_batch, n_queries, n_heads, d).transpose(1, 2)

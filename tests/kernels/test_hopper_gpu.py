@@ -1,0 +1,405 @@
+"""The Hopper kernels on a card, against the equations in float64, and that it is they who ran."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashpatch_kernels import attention, reference
+from flashpatch_kernels.engines import Call, choose
+from flashpatch_kernels.masks import Band
+from flashpatch_kernels.op import run
+from flashpatch_kernels.options import Options
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+DTYPES = [torch.float16, torch.bfloat16]
+FORWARD, BACKWARD = "forward_kernel", "backward_kernel"
+# Head sizes, and which of the engine's own kernels serve them; the portable ones do the rest.
+SIZES = {64: [FORWARD, BACKWARD], 128: [FORWARD, BACKWARD], 256: [FORWARD]}
+
+
+@pytest.fixture(autouse=True)
+def hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("not a Hopper card")
+
+
+def attend(q, k, v, options):
+    return run(q, k, v, options, "hopper")
+
+
+def spread(x):
+    """The same numbers in memory whose gaps, and what follows, are NaN."""
+    b, h, n, d = x.shape
+    whole = x.new_full((b, n + 3, h, d + 8), torch.nan)
+    whole[:, :n, :, :d] = x.detach().transpose(1, 2)
+    return whole[:, :n, :, :d].transpose(1, 2).requires_grad_(x.requires_grad)
+
+
+def shifted(x):
+    """The same numbers in rows that start at no multiple of 16 bytes."""
+    return torch.nn.functional.pad(x, (3, 2), value=torch.nan)[..., 3:-2]
+
+
+@pytest.fixture
+def case(sample):
+    """A sample on the card, its tensors spread out; `mask` is a name or a record."""
+
+    def case(mask="causal", *, dtype=torch.bfloat16, kv_heads=2, n=300, m=333, d=64, **options):
+        scale = options.pop("scale", None)
+        name = mask if isinstance(mask, str) else "full"
+        one = sample(name, dtype=dtype, kv_heads=kv_heads, n=n, m=m, d=d, **options).on(DEVICE)
+        if name != mask:
+            one = replace(one, options=replace(one.options, mask=mask))
+        if scale is not None:
+            one = replace(one, options=replace(one.options, scale=scale))
+        return replace(one, **{x: spread(getattr(one, x)) for x in ("q", "k", "v", "dout")})
+
+    return case
+
+
+def many(one, batch, heads, kv_heads):
+    """A sample with other tensors, of more heads and rows of the batch, and the same mask."""
+    _, _, n, d = one.q.shape
+
+    def random(heads, length):
+        return spread(torch.randn(batch, heads, length, d, device=DEVICE).to(one.q.dtype))
+
+    torch.manual_seed(0)
+    q, k, v = random(heads, n), *(random(kv_heads, one.k.shape[2]) for _ in range(2))
+    dlse = torch.randn(batch, heads, n, device=DEVICE)
+    inputs = {name: x.requires_grad_() for name, x in (("q", q), ("k", k), ("v", v))}
+    return replace(one, **inputs, dout=random(heads, n), dlse=dlse)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the engine's own kernels that ran, in order."""
+    from flashpatch_kernels.hopper.backward_pass import backward_kernel
+    from flashpatch_kernels.hopper.forward_pass import forward_kernel
+    from flashpatch_kernels.triton import launching
+
+    names = []
+    launch = launching.launch
+
+    def spy(kernel, *arguments):
+        if kernel is forward_kernel or kernel is backward_kernel:
+            names.append(kernel.__name__)
+        return launch(kernel, *arguments)
+
+    monkeypatch.setattr(launching, "launch", spy)
+    return names
+
+
+@pytest.fixture
+def compare(check, launched, poisoned_memory):
+    """Judges all that a call and its gradient give, and that these kernels gave it."""
+
+    def compare(one, kernels=(FORWARD, BACKWARD)):
+        launched.clear()
+        check(one, attend)
+        assert launched == list(kernels)
+
+    return compare
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("d", SIZES)
+def test_every_mask_with_every_sharing_of_heads(case, compare, range_mask_name, kv_heads, dtype, d):
+    compare(case(range_mask_name, kv_heads=kv_heads, dtype=dtype, d=d), SIZES[d])
+
+
+@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("length", [128, 2011])
+def test_many_tiles_of_every_mask(case, compare, range_mask_name, length, d):
+    compare(case(range_mask_name, kv_heads=1, n=length, m=length, d=d), SIZES[d])
+
+
+@pytest.mark.parametrize(
+    ("n", "m"), [(1, 1), (1, 300), (300, 1), (128, 128), (77, 1025), (1025, 77), (2011, 2011)]
+)
+@pytest.mark.parametrize("mask", ["full", "causal", "window"])
+@pytest.mark.parametrize("d", SIZES)
+def test_lengths_that_divide_nothing(case, compare, mask, n, m, d):
+    window = Band(left=99, right=0, offset=m - n)
+    compare(case(window if mask == "window" else mask, n=n, m=m, d=d), SIZES[d])
+
+
+@pytest.mark.parametrize(
+    "band",
+    [
+        Band(left=120, right=57),
+        Band(left=0, right=0),
+        Band(left=200),
+        Band(right=-130, offset=33),
+        Band(left=-140),
+        Band(left=5, right=5, offset=-1000),
+    ],
+    ids=str,
+)
+def test_bands_that_leave_tiles_and_rows_out(case, compare, band):
+    compare(case(band))
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.3])
+@pytest.mark.parametrize("mask", ["causal", "causal keys"])
+@pytest.mark.parametrize("d", SIZES)
+def test_the_scale_may_be_anything(case, compare, mask, scale, d):
+    compare(case(mask, scale=scale, d=d), SIZES[d])
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "causal keys", "intervals"])
+@pytest.mark.parametrize("terms", [("softcap",), ("sinks",), ("softcap", "sinks")], ids=str)
+@pytest.mark.parametrize("d", SIZES)
+def test_every_term(case, compare, mask, terms, d):
+    kernels = [FORWARD] if "softcap" in terms else SIZES[d]
+    compare(case(mask, terms=terms, d=d), kernels)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "causal keys"])
+@pytest.mark.parametrize("d", [64, 128])
+def test_programs_that_take_many_turns(case, compare, mask, d):
+    """16 heads of 4 rows of the batch have more tiles than a card runs programs."""
+    padded = case(mask, n=1500, m=1500, d=d)
+    batch = 2 if mask == "causal keys" else 4
+    compare(many(padded, batch, 32 // batch * 2, 8))
+
+
+@pytest.mark.parametrize("n", [129, 257, 385, 513, 641, 900])
+@pytest.mark.parametrize("d", SIZES)
+def test_a_tile_in_the_middle_has_no_partner(case, compare, n, d):
+    compare(many(case("causal", n=n, m=n, d=d), 3, 48, 16), SIZES[d])
+
+
+def test_expanded_keys(case, compare):
+    one = case("causal")
+    k, v = (x.detach()[:1, :1].expand(x.shape).requires_grad_() for x in (one.k, one.v))
+    compare(replace(one, k=k, v=v))
+
+
+@pytest.mark.parametrize("names", ["qkv", "q", "kv"])
+def test_rows_that_start_anywhere_in_memory(case, compare, names):
+    """The copy engine cannot read them: the portable kernels do."""
+    one = case("causal keys")
+    moved = {x: shifted(getattr(one, x).detach()).requires_grad_() for x in names}
+    compare(replace(one, **moved), [])
+
+
+DOUTS = {
+    "spread out": (lambda x: x, [FORWARD, BACKWARD]),
+    "one number": (lambda x: x.new_ones(()).expand(x.shape), [FORWARD, BACKWARD]),
+    "one head": (lambda x: x[:1, :1].expand(x.shape), [FORWARD, BACKWARD]),
+    "heads first": (lambda x: x.contiguous(), [FORWARD, BACKWARD]),
+    "columns first": (lambda x: x.mT.contiguous().mT, [FORWARD, BACKWARD]),
+    "anywhere": (shifted, [FORWARD]),
+}
+
+
+@pytest.mark.parametrize("layout", DOUTS)
+@pytest.mark.parametrize("d", [64, 128])
+def test_a_gradient_of_any_layout(
+    case, pytorch, assert_as_exact_as_pytorch, launched, poisoned_memory, layout, d
+):
+    def gradients(one, attend):
+        out, _ = attend(one.q, one.k, one.v, one.options)
+        return torch.autograd.grad(out, (one.q, one.k, one.v), lay(one.dout))
+
+    lay, kernels = DOUTS[layout]
+    one = case("causal", d=d)
+    true = gradients(one.to(torch.float64), reference.attention)
+    theirs, ours = gradients(one, pytorch), gradients(one, attend)
+    assert launched == kernels
+    for name, *found in zip("qkv", ours, theirs, true, strict=True):
+        assert_as_exact_as_pytorch(*found, f"d{name}")
+
+
+@pytest.mark.parametrize("names", ["q", "k", "v", "qk", "kv"])
+def test_some_of_the_gradients_alone(
+    case, pytorch, assert_as_exact_as_pytorch, launched, poisoned_memory, names
+):
+    def gradients(one, attend):
+        inputs = {x: getattr(one, x).detach().requires_grad_(x in names) for x in "qkv"}
+        out, _ = attend(*inputs.values(), one.options)
+        return torch.autograd.grad(out, [inputs[x] for x in names], one.dout)
+
+    one = case("causal keys")
+    true = gradients(one.to(torch.float64), reference.attention)
+    theirs, ours = gradients(one, pytorch), gradients(one, attend)
+    assert launched == [FORWARD]
+    for name, *found in zip(names, ours, theirs, true, strict=True):
+        assert_as_exact_as_pytorch(*found, f"d{name}")
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("mask", ["causal", "causal keys"])
+@pytest.mark.parametrize("d", [64, 128])
+def test_200_repeats_give_the_same_bits_but_of_dq(case, launched, mask, d):
+    """dq is summed in no fixed order."""
+    one = case(mask, n=777, m=777, d=d)
+    first = one.answer(attend)
+    size, eps = first["q"].double().norm(), torch.finfo(one.q.dtype).eps
+    for _ in range(200):
+        again = one.answer(attend)
+        assert all(torch.equal(again[name], x) for name, x in first.items() if name != "q")
+        assert (again["q"].double() - first["q"]).norm() <= eps * size
+    assert launched == [FORWARD, BACKWARD] * 201
+
+
+@pytest.mark.parametrize("mask", ["causal", "causal keys"])
+@pytest.mark.parametrize("d", [64, 128])
+def test_deterministic_algorithms_give_the_same_bits_of_dq_too(
+    case, launched, deterministic, mask, d
+):
+    one = case(mask, n=777, m=777, d=d)
+    first = one.answer(attend)
+    for _ in range(20):
+        again = one.answer(attend)
+        assert all(torch.equal(again[name], x) for name, x in first.items())
+    assert launched == [FORWARD] * 21
+
+
+def test_deterministic_algorithms_give_the_same_gradients(case, assert_as_exact_as_pytorch):
+    one = case("causal keys")
+    usual = one.answer(attend)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = one.answer(attend)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, x in found.items():
+        seen = usual[name].isfinite()
+        error = (x.double() - usual[name])[seen].norm()
+        assert error <= 2 * torch.finfo(one.q.dtype).eps * x[seen].double().norm(), name
+
+
+def test_more_than_65535_heads(launched):
+    q, k, v = (torch.randn(70_000, 1, 3, 64, device=DEVICE, dtype=torch.float16) for _ in range(3))
+    out, _ = attend(q, k, v, Options(Band(right=0), scale=0.125))
+    true, _ = reference.attention(
+        *(x[-9:].double() for x in (q, k, v)), Options(Band(right=0), scale=0.125)
+    )
+    assert (out[-9:] - true).norm() < 1e-3 * true.norm()
+    assert launched == [FORWARD]
+
+
+def test_offsets_beyond_32_bits(launched):
+    """The last head's elements start beyond 2^31."""
+    whole = torch.empty(1, 260, 65_536, 128, device=DEVICE, dtype=torch.float16)
+    q = whole[:, :, -200:]
+    q[:, -1].normal_()
+    k, v = (torch.randn(1, 1, 128, 128, device=DEVICE, dtype=torch.float16) for _ in range(2))
+    out, _ = attend(q, *(x.expand(1, 260, -1, -1) for x in (k, v)), Options(scale=0.1))
+    true, _ = reference.attention(q[:, -1:].double(), k.double(), v.double(), Options(scale=0.1))
+    assert q[:, -1:].storage_offset() > 1 << 31
+    assert (out[:, -1:] - true).norm() < 1e-3 * true.norm()
+    assert launched == [FORWARD]
+
+
+def test_a_second_derivative_is_refused(case):
+    one = case("causal")
+    out, _ = attend(one.q, one.k, one.v, one.options)
+    (dq,) = torch.autograd.grad(out, one.q, one.dout, create_graph=True)
+    with pytest.raises(NotImplementedError, match="engine='tiled' has"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("mask", ["causal", "causal window", "causal keys"])
+def test_one_compilation_serves_every_length(case, mask):
+    from flashpatch_kernels.hopper.backward_pass import backward_kernel
+    from flashpatch_kernels.hopper.forward_pass import forward_kernel
+
+    def compiled():
+        caches = (c for x in (forward_kernel, backward_kernel) for c in x.device_caches.values())
+        return sum(len(cache[0]) for cache in caches)
+
+    case(mask, n=128, m=128).answer(attend)
+    before = compiled()
+    for n in (16, 17, 100, 128, 1000):
+        case(mask, n=n, m=n).answer(attend)
+    assert compiled() == before
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("d", [64, 128])
+def test_nothing_waits_for_the_gpu(case, range_mask_name, launched, d):
+    one = case(range_mask_name, d=d, terms=("sinks",))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attend(one.q, one.k, one.v, one.options)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert launched == [FORWARD, BACKWARD]
+
+
+def test_the_choice_for_a_cuda_call():
+    q, k, v = (torch.randn(1, 4, 512, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+    options = Options(mask=Band(right=0))
+    assert choose(Call.of(q, k, v, options)).name == "hopper"
+    assert choose(Call.of(q[:, :, :256], k, v, options)).name == "triton"
+    assert choose(Call.of(q, shifted(k), v, options)).name == "triton"
+
+
+def test_autocast_runs_it_in_half_precision(launched):
+    inputs = [torch.randn(2, 4, 300, 64, device=DEVICE, requires_grad=True) for _ in range(3)]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = attention(*inputs, causal=True)
+    found = torch.autograd.grad(out.float().square().sum(), inputs)
+    assert launched == [FORWARD, BACKWARD]
+    assert out.dtype == torch.bfloat16
+    expected = attention(*(x.bfloat16() for x in inputs), causal=True)
+    assert torch.equal(out, expected)
+    wanted = torch.autograd.grad(expected.float().square().sum(), inputs)
+    assert all(x.dtype == torch.float32 for x in found)
+    assert torch.equal(found[1], wanted[1])
+    assert torch.equal(found[2], wanted[2])
+    assert (found[0] - wanted[0]).norm() <= torch.finfo(torch.bfloat16).eps * wanted[0].norm()
+
+
+@pytest.mark.parametrize("call", [{"causal": True}, {"window": 50}, {"softcap": 20.0}], ids=str)
+def test_it_compiles_without_a_break(launched, call):
+    q, k, v = (
+        torch.randn(2, 4, 300, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    )
+
+    def both(q, k, v):
+        return attention(q, k, v, return_lse=True, **call)
+
+    def answer(attend):
+        out, lse = attend(q, k, v)
+        loss = out.float().square().sum() + lse.square().sum()
+        return out, lse, *torch.autograd.grad(loss, (k, v, q))
+
+    expected = answer(both)
+    eager = list(launched)
+    assert eager[0] == FORWARD
+    torch._dynamo.reset()
+    found = answer(torch.compile(both, fullgraph=True, backend="aot_eager"))
+    assert launched == eager * 2
+    *same, dq = zip(found, expected, strict=True)
+    assert all(torch.equal(mine, true) for mine, true in same)
+    assert (dq[0] - dq[1]).norm() <= torch.finfo(torch.bfloat16).eps * dq[1].norm()
+
+
+@pytest.mark.parametrize("mask", ["causal", "causal keys"])
+@pytest.mark.parametrize("d", SIZES)
+def test_a_cuda_graph_replays_it(case, mask, d):
+    one = case(mask, d=d)
+    q, k, v = (x.detach() for x in (one.q, one.k, one.v))
+    attend(q, k, v, one.options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = attend(q, k, v, one.options)
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    expected = attend(q, k, v, one.options)
+    assert all(torch.equal(mine, true) for mine, true in zip(found, expected, strict=True))

@@ -1,0 +1,76 @@
+"""The Hopper kernels, compiled on a machine that has no such card, need what they may.
+
+Registers are dealt out by hand. Where they do not suffice, or the assembler makes products wait for
+each other, results are still right: no other test would see it.
+"""
+
+import json
+
+import pytest
+
+# One process compiles for all tests of this file and for the portable kernels.
+pytestmark = pytest.mark.xdist_group("sm90")
+
+pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 is not installed")
+
+# Shared memory that a program may have on Hopper.
+SHARED_BYTES = 227 * 1024
+
+
+def one(kind, size, mask, dtype="bfloat16", **more):
+    """A call of which one pass is compiled."""
+    more |= {"engine": "hopper", "passes": [kind]}
+    return {"size": size, "mask": mask, "dtype": dtype, **more}
+
+
+CALLS = [
+    one("forward", 64, "band"),
+    one("forward", 64, "causal", group=4, term="sinks"),
+    one("forward", 64, "intervals", "float16"),
+    one("forward", 128, "causal"),
+    one("forward", 128, "runs"),
+    one("forward", 128, "band", term="softcap"),
+    one("forward", 256, "causal"),
+    one("forward", 256, "runs", term="softcap"),
+    one("backward", 64, "band"),
+    one("backward", 64, "runs"),
+    one("backward", 128, "causal"),
+    one("backward", 128, "intervals", "float16", group=4),
+    one("backward", 128, "runs"),
+]
+
+# Local memory that is accepted, in bytes a thread, as the Triton of constraints.txt compiles them.
+LOCAL_BYTES = {
+    ("forward", 256, "runs"): 40,
+    ("backward", 64, "band"): 24,
+    ("backward", 64, "runs"): 64,
+    ("backward", 128, "causal"): 24,
+    ("backward", 128, "intervals"): 16,
+    ("backward", 128, "runs"): 48,
+}
+
+# Of it, the loads and stores within the loops over tiles, of all warpgroups together.
+HOT_SPILLS = {
+    ("backward", 64, "runs"): 4,
+    ("backward", 128, "runs"): 8,
+}
+
+
+@pytest.fixture(scope="module")
+def needs(kernels_of):
+    return kernels_of(CALLS)
+
+
+@pytest.mark.parametrize("call", map(json.dumps, CALLS))
+def test_kernels_fit_a_multiprocessor_and_keep_its_tensor_cores_busy(needs, call):
+    facts = json.loads(call)
+    (kind,) = facts["passes"]
+    kernels = dict(needs[call])
+    found = kernels.pop(f"{kind}_kernel")
+    assert found["shared_bytes"] <= SHARED_BYTES
+    assert found["mma"] > 0
+    assert not found["serialized"]
+    which = kind, facts["size"], facts["mask"]
+    assert found["local_bytes"] <= LOCAL_BYTES.get(which, 0), found
+    assert found["hot_spills"] <= HOT_SPILLS.get(which, 0), found
+    assert not any(beside["local_bytes"] for beside in kernels.values())
