@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flashpatch_kernels import tuning
+from flashpatch_kernels.hopper import crews as hopper_crews
 from flashpatch_kernels.masks import Band, Boolean, Intervals, Mask
 from flashpatch_kernels.options import Options, Relative, Score
 from flashpatch_kernels.triton import launching
@@ -150,8 +151,8 @@ def recording(
     def tile(asked: tuning.Question, name: Any) -> Tile:
         return (tiles or {}).get(name) or tile_of(asked, name)
 
-    def crew(size: int, name: Any) -> Crew:
-        return (crews or {}).get(name) or crew_of(size, name)
+    def crew(name: Any, *sizes: int) -> Crew | None:
+        return (crews or {}).get(name) or crew_of(name, *sizes)
 
     def launch(kernel: Any, n_programs: int, tile: Tile, *arguments: Any) -> None:
         launches.append(Launch(kernel, n_programs, tile, arguments))
@@ -161,6 +162,7 @@ def recording(
         mock.patch.object(tuning, "architecture", return_value=arch),
         mock.patch.object(tuning, "tile", tile),
         mock.patch.object(tuning, "crew", crew),
+        mock.patch.object(hopper_crews, "constants", hopper_crews.constants.__wrapped__),
         mock.patch.object(launching, "passes", launching.Passes),
     ):
         yield launches

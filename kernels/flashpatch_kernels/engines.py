@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flashpatch_kernels import tuning
 from flashpatch_kernels.masks import Band, Boolean, Intervals
 from flashpatch_kernels.options import Options
 
@@ -263,8 +264,8 @@ HOPPER = Engine(
             lambda c: c.dtype in HALF,
         ),
         (
-            Reason("HOPPER_HEAD_SIZE", "the Hopper kernels take heads of 64, 128 and 256"),
-            lambda c: c.head_size == c.value_size and c.head_size in (64, 128, 256),
+            Reason("HOPPER_HEAD_SIZE", "the Hopper kernels have no tiles for these head sizes"),
+            lambda c: tuning.crew("forward", c.head_size, c.value_size) is not None,
         ),
         (
             Reason("HOPPER_ALIGNMENT", "the Hopper kernels read rows at multiples of 16 bytes"),

@@ -66,18 +66,29 @@ class Crew(NamedTuple):
         return Tile(*sizes, 4, 1, tma=True)
 
 
-CREWS: dict[tuple[Pass, int], Crew] = {
-    ("forward", 64): Crew(3, 64, 128, 4, 6, 160, in_turn=True),
-    ("forward", 128): Crew(2, 64, 128, 2, 4, 240, in_turn=True, held=True),
-    ("forward", 256): Crew(2, 64, 64, 2, 2, 240, in_turn=True),
-    ("dkdv", 64): Crew(2, 64, 128, 2, 2, 240),
-    ("dkdv", 128): Crew(2, 64, 64, 2, 2, 240),
+# (pass, widths of the tiles of q and k and of v) -> crew.
+CREWS: dict[tuple[Pass, int, int], Crew] = {
+    ("forward", 64, 64): Crew(3, 64, 128, 4, 6, 160, in_turn=True),
+    ("forward", 128, 64): Crew(2, 64, 128, 2, 4, 240, in_turn=True),
+    ("forward", 128, 128): Crew(2, 64, 128, 2, 4, 240, in_turn=True, held=True),
+    ("forward", 256, 128): Crew(2, 64, 64, 3, 2, 240, in_turn=True),
+    ("forward", 256, 256): Crew(2, 64, 64, 2, 2, 240, in_turn=True),
+    ("dkdv", 64, 64): Crew(2, 64, 128, 2, 2, 240),
+    ("dkdv", 128, 128): Crew(2, 64, 64, 2, 2, 240),
 }
 
 
-def crew(size: int, name: Pass) -> Crew:
-    """The crew of a pass of the Hopper engine."""
-    return CREWS[name, size]
+def crew(name: Pass, size: int, value_size: int) -> Crew | None:
+    """The crew of a pass of the Hopper engine for heads of these sizes, if it has one."""
+    return CREWS.get((name, width(size), width(value_size)))
+
+
+def width(size: int) -> int:
+    """Columns of a tile in shared memory that holds rows of a head, zero beyond its size.
+
+    The narrowest that has a crew is 64, of which heads of 32 would use the half.
+    """
+    return 1 << (size - 1).bit_length()
 
 
 # Programs run in waves of heads: few, so that what they read stays in the L2 cache, but enough that

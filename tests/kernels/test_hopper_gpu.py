@@ -118,6 +118,20 @@ def test_many_tiles_of_every_mask(case, compare, range_mask_name, length, d):
     compare(case(range_mask_name, kv_heads=1, n=length, m=length, d=d), SIZES[d])
 
 
+@pytest.mark.parametrize("mask", ["causal", "causal keys"])
+@pytest.mark.parametrize("d", [40, 48, 56, 72, 80, 88, 96, 104, 112, 120, 136, 160, 192, 224])
+def test_head_sizes_between_the_widths_of_tiles(case, compare, mask, d):
+    compare(case(mask, d=d), [FORWARD, BACKWARD] if d <= 128 else [FORWARD])
+
+
+@pytest.mark.parametrize("mask", ["causal", "causal keys"])
+@pytest.mark.parametrize("sizes", [(192, 128), (160, 96), (96, 64), (72, 40), (256, 128)], ids=str)
+def test_values_may_have_another_head_size(case, compare, mask, sizes):
+    """As those of multi-head latent attention."""
+    d, dv = sizes
+    compare(case(mask, d=d, dv=dv), [FORWARD])
+
+
 @pytest.mark.parametrize(
     ("n", "m"), [(1, 1), (1, 300), (300, 1), (128, 128), (77, 1025), (1025, 77), (2011, 2011)]
 )

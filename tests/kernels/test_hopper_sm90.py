@@ -30,6 +30,8 @@ CALLS = [
     one("forward", 128, "causal"),
     one("forward", 128, "runs"),
     one("forward", 128, "band", term="softcap"),
+    one("forward", 96, "band"),
+    one("forward", 192, "causal", value_size=128),
     one("forward", 256, "causal"),
     one("forward", 256, "runs", term="softcap"),
     one("backward", 64, "band"),

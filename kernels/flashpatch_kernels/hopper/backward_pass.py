@@ -33,7 +33,7 @@ from flashpatch_kernels.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from flashpatch_kernels.hopper.rings import leave, matrix, put, ring, take
+from flashpatch_kernels.hopper.rings import chunks, leave, matrix, put, ring, start_inner, take
 from flashpatch_kernels.hopper.scheduling import edges_first, meet, place, turns
 from flashpatch_kernels.options import Options
 from flashpatch_kernels.triton import launching, scores, terms, tile_lists
@@ -71,11 +71,11 @@ def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
     n_batch, n_heads, group, n_queries, n_keys = sizes
     kv_heads = n_heads // group
     CONSUMERS: gl.constexpr = C.CONSUMERS
-    q = matrix(Q, q_strides, n_batch, n_heads, n_queries, C.D, C.BM, C.D)
-    do = matrix(DO, do_strides, n_batch, n_heads, n_queries, C.D, C.BM, C.D)
-    k = matrix(K, k_strides, n_batch, kv_heads, n_keys, C.D, C.R, C.D)
-    v = matrix(V, v_strides, n_batch, kv_heads, n_keys, C.D, C.R, C.D)
-    dq = matrix(DQ, dq_strides, n_batch, n_heads, n_queries, C.D, C.PART_ROWS, C.PART_COLUMNS)
+    q = matrix(Q, q_strides, n_batch, n_heads, n_queries, C.SIZE, C.BM, C.D)
+    do = matrix(DO, do_strides, n_batch, n_heads, n_queries, C.SIZE, C.BM, C.D)
+    k = matrix(K, k_strides, n_batch, kv_heads, n_keys, C.SIZE, C.R, C.D)
+    v = matrix(V, v_strides, n_batch, kv_heads, n_keys, C.SIZE, C.R, C.D)
+    dq = matrix(DQ, dq_strides, n_batch, n_heads, n_queries, C.SIZE, C.PART_ROWS, C.PART_COLUMNS)
     n_rows = n_batch.to(gl.int64) * n_heads * n_queries
     within = gl.arange(0, C.BM, gl.BlockedLayout([1], [32], [4], [0]))
     done = 0
@@ -123,7 +123,7 @@ def start_products(a, b, C: gl.constexpr):
     """Issues A B^T: [R, D], [BM, D] -> [R, BM]."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])
     empty = gl.full([C.R, C.BM], 0.0, gl.float32, layout)
-    return warpgroup_mma(a, b.permute((1, 0)), empty, use_acc=False, is_async=True)
+    return start_inner(chunks(a, C), chunks(b, C), empty, C)
 
 
 @jit
@@ -245,8 +245,8 @@ def consume(
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D, 16])
     CONSUMERS: gl.constexpr = C.CONSUMERS
     dtype: gl.constexpr = DK.dtype.element_ty
-    dk_matrix = matrix(DK, dk_strides, n_batch, kv_heads, n_keys, C.D, C.R, C.D)
-    dv_matrix = matrix(DV, dv_strides, n_batch, kv_heads, n_keys, C.D, C.R, C.D)
+    dk_matrix = matrix(DK, dk_strides, n_batch, kv_heads, n_keys, C.SIZE, C.R, C.D)
+    dv_matrix = matrix(DV, dv_strides, n_batch, kv_heads, n_keys, C.SIZE, C.R, C.D)
     done = 0
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
         tile, bg = place(turn, n_tiles, n_batch * kv_heads, C.PAIRED)
@@ -390,7 +390,8 @@ def backward(
     grads = {name: torch.empty_like(t) for name, t in (("q", q), ("k", k), ("v", v))}
     call = launching.Setup.of(q, k, v, (out, dout, *grads.values()), options)
     served = (
-        ("dkdv", q.shape[3]) in tuning.CREWS
+        q.shape[3] == v.shape[3]
+        and tuning.crew("dkdv", q.shape[3], v.shape[3]) is not None
         and {"q", "k", "v"} <= needs
         and call.unit > 1
         and options.softcap is None

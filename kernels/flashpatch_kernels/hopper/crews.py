@@ -10,21 +10,27 @@ from flashpatch_kernels import tuning
 from flashpatch_kernels.hopper.scheduling import listed_tiles
 from flashpatch_kernels.masks import Band, Mask
 from flashpatch_kernels.triton import launching, tile_masks
-from flashpatch_kernels.tuning import Crew, Tile
+from flashpatch_kernels.tuning import Tile
 
 
 class Constants(NamedTuple):
     """What a kernel is compiled for, beside types.
 
-    D is the head size, R the queries of a consumer, BM those of a program, BN the keys of a tile;
-    in the backward pass R and BN are of keys, BM of queries, and of a tile of dQ a consumer
-    computes PART_ROWS and PART_COLUMNS;
-    of CONSUMERS warpgroups each thread has REGISTERS, and they issue products IN_TURN or as they
-    come; SLOTS tiles of keys and of values, and Q_SLOTS of queries, are in flight; PAIRED as in
-    `scheduling`. The rest is as in `launching.Constants`.
+    SIZE and VALUE_SIZE are head sizes, D and DV the columns of their tiles, zero beyond the size;
+    products over a head take its chunks D0 and D1 (0 where one is enough). R are the queries of a
+    consumer, BM those of a program, BN the keys of a tile; in the backward pass R and BN are of
+    keys, BM of queries, and of a tile of dQ a consumer computes PART_ROWS and PART_COLUMNS. Of
+    CONSUMERS warpgroups each thread has REGISTERS; they issue products IN_TURN or as they come, of
+    queries that are HELD in registers or not; SLOTS tiles of keys and of values, and Q_SLOTS of
+    queries, are in flight; PAIRED as in `scheduling`. The rest is as in `launching.Constants`.
     """
 
+    SIZE: int
+    VALUE_SIZE: int
     D: int
+    DV: int
+    D0: int
+    D1: int
     R: int
     BM: int
     BN: int
@@ -47,10 +53,7 @@ class Constants(NamedTuple):
 
 def tuned(call: launching.Setup, name: tuning.Pass) -> tuple[Tile, Constants]:
     """The tile of a pass, and what it is compiled for."""
-    d = call.head_sizes[0]
-    crew = tuning.crew(d, name)
-    tile = crew.tile(name)
-    return tile, constants(crew, tile, d, paired(call.options.mask), *call.kinds[1:4], call.own)
+    return constants(name, call.head_sizes, paired(call.options.mask), *call.kinds[1:4], call.own)
 
 
 def paired(mask: Mask) -> bool:
@@ -59,12 +62,19 @@ def paired(mask: Mask) -> bool:
 
 
 @lru_cache
-def constants(crew: Crew, tile: Tile, d: int, paired: bool, *rest: Any) -> Constants:
-    """What a pass is compiled for: one object for all calls alike, by which launches know it."""
+def constants(
+    name: tuning.Pass, sizes: tuple[int, int], paired: bool, *rest: Any
+) -> tuple[Tile, Constants]:
+    """As `tuned`: one object for all calls alike, by which launches know it."""
+    crew = tuning.crew(name, *sizes)
+    assert crew is not None
+    d, dv = map(tuning.width, sizes)
+    chunks = launching.chunks(sizes[0]) if sizes[0] > 64 else (64, 0)
+    tile = crew.tile(name)
     by_rows = tile.BM // crew.consumers >= 64  # the fewest that a product has
     part = (tile.BM // crew.consumers, d) if by_rows else (tile.BM, d // crew.consumers)
-    return Constants(
-        *(d, crew.rows, tile.BM, tile.BN, *part),
+    return tile, Constants(
+        *(*sizes, d, dv, *chunks, crew.rows, tile.BM, tile.BN, *part),
         *(crew.consumers, crew.registers, crew.in_turn, crew.held, crew.slots, crew.own_slots),
         *(paired, *rest, 0, 0),
     )

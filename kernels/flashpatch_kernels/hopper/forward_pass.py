@@ -7,8 +7,9 @@ and takes the softmax of S while O is still being computed. Consumers take turns
 cores, so that one computes exponentials while the other multiplies. Programs stay for all their
 tiles, so that the first reads of the next go on while the last is finished.
 
-Letters: B batch, H query heads, N queries, M keys, D head size; a program owns BM = CONSUMERS * R
-queries of one head and reads BN keys at a time. All in base 2, as in `triton.forward_pass`.
+Letters: B batch, H query heads, N queries, M keys, D head size of q and k, DV of v; a program owns
+BM = CONSUMERS * R queries of one head and reads BN keys at a time. All in base 2, as in
+`triton.forward_pass`.
 
 Source: Shah et al., FlashAttention-3 (2024), sections 3.1 and 3.2.
 """
@@ -28,7 +29,7 @@ from flashpatch_kernels.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from flashpatch_kernels.hopper.rings import leave, matrix, put, ring, take
+from flashpatch_kernels.hopper.rings import chunks, leave, matrix, put, ring, start_inner, take
 from flashpatch_kernels.hopper.scheduling import (
     await_turn,
     edges_first,
@@ -48,9 +49,9 @@ def produce(given, KEYS: gl.constexpr, RUNS: gl.constexpr, C: gl.constexpr):
     """Reads, for every tile of this program, its queries and the keys and values they meet."""
     Q, K, V, q_strides, k_strides, v_strides, sizes, mask, n_tiles, queries, keys, values = given
     n_batch, n_heads, group, n_queries, n_keys = sizes
-    q = matrix(Q, q_strides, n_batch, n_heads, n_queries, C.D, C.R, C.D)
-    k = matrix(K, k_strides, n_batch, n_heads // group, n_keys, C.D, C.BN, C.D)
-    v = matrix(V, v_strides, n_batch, n_heads // group, n_keys, C.D, C.BN, C.D)
+    q = matrix(Q, q_strides, n_batch, n_heads, n_queries, C.SIZE, C.R, C.D)
+    k = matrix(K, k_strides, n_batch, n_heads // group, n_keys, C.SIZE, C.BN, C.D)
+    v = matrix(V, v_strides, n_batch, n_heads // group, n_keys, C.VALUE_SIZE, C.BN, C.DV)
     CONSUMERS: gl.constexpr = C.CONSUMERS
     done = 0
     for turn in range(turns(n_tiles, n_batch * n_heads, C.PAIRED)):
@@ -92,10 +93,19 @@ def softmax_step(s, m, l, to_log2):
 
 @jit
 def start_scores(q, k, C: gl.constexpr):
-    """Issues S = Q K^T: [R, D], [BN, D] -> [R, BN]."""
+    """Issues S = Q K^T: chunks of [R, D], [BN, D] -> [R, BN]."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BN, 16])
     empty = gl.full([C.R, C.BN], 0.0, gl.float32, layout)
-    return warpgroup_mma(q, k.permute((1, 0)), empty, use_acc=False, is_async=True)
+    return start_inner(q, chunks(k, C), empty, C)
+
+
+@jit
+def held(q, layout: gl.constexpr, C: gl.constexpr):
+    """Chunks of queries in registers, as left operands."""
+    if C.D1 > 0:
+        return (q[0].load(layout), q[1].load(layout))
+    else:
+        return (q[0].load(layout),)
 
 
 @jit
@@ -126,7 +136,7 @@ def weigh(
 @jit
 def operand(p, dtype: gl.constexpr, C: gl.constexpr):
     """Weights as the left operand of the product with values, in registers."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.DV, 16])
     return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, layout, 2))
 
 
@@ -141,9 +151,9 @@ def consume(
      queries, keys, values) = given  # fmt: skip
     n_batch, n_heads, _group, n_queries, n_keys = sizes
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BN, 16])
-    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D, 16])
+    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.DV, 16])
     dtype: gl.constexpr = O.dtype.element_ty
-    o = matrix(O, o_strides, n_batch, n_heads, n_queries, C.D, C.R, C.D)
+    o = matrix(O, o_strides, n_batch, n_heads, n_queries, C.VALUE_SIZE, C.R, C.DV)
     done = 0
     if C.IN_TURN and consumer == C.CONSUMERS - 1:
         pass_turn(consumer, C.CONSUMERS, done)
@@ -161,11 +171,13 @@ def consume(
         of_row = scores.of_row(score, batch)
         sources = scores.opened(of_row, head, start, pointers, OPENS, C.R, C.BN)
         m, l = softmax_start(sinks, head, C.R, gl.SliceLayout(1, S))
-        acc = gl.full([C.R, C.D], 0.0, gl.float32, A)
+        acc = gl.full([C.R, C.DV], 0.0, gl.float32, A)
 
         number = turn * C.CONSUMERS + consumer
         own = take(queries, number, C.Q_SLOTS)
-        q = own.load(gl.DotOperandLayout(0, S, 2)) if C.HELD else own
+        q = chunks(own, C)
+        if C.HELD:
+            q = held(q, gl.DotOperandLayout(0, S, 2), C)
         k = take(keys, done, C.SLOTS)
         if C.IN_TURN:
             await_turn(consumer, done)
@@ -198,9 +210,10 @@ def consume(
         leave(values, done - 1, C.SLOTS)
         acc = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, A)), 1)
         # The tile of q is not read any more: the output leaves through its memory.
-        own.store(acc.to(dtype))
+        own.slice(0, C.DV, 1).store(acc.to(dtype))
         fence_async_shared()
-        tma_store(o, [batch, head, start + consumer * C.R, 0], queries[0].index(number % C.Q_SLOTS))
+        out = queries[0].index(number % C.Q_SLOTS).slice(0, C.DV, 3)
+        tma_store(o, [batch, head, start + consumer * C.R, 0], out)
         store_wait(0)
         leave(queries, number, C.Q_SLOTS)
 
@@ -254,7 +267,7 @@ def forward_kernel(
     dtype: gl.constexpr = Q.dtype.element_ty
     queries = ring(C.Q_SLOTS, C.R, C.D, 1, 1, dtype)
     keys = ring(C.SLOTS, C.BN, C.D, 1, C.CONSUMERS, dtype)
-    values = ring(C.SLOTS, C.BN, C.D, 1, C.CONSUMERS, dtype)
+    values = ring(C.SLOTS, C.BN, C.DV, 1, C.CONSUMERS, dtype)
     fence_async_shared()
     q_strides = (q_batch, q_head, q_row)
     k_strides = (k_batch, k_head, k_row)
@@ -290,12 +303,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     """softmax(cap(q k^T * scale) + terms) v and the natural logarithm of the softmax's sums.
 
     Returns:
-        Output (B, H, N, D), laid out as (B, N, H, D), and lse, fp32 (B, H, N).
+        Output (B, H, N, Dv), laid out as (B, N, H, Dv), and lse, fp32 (B, H, N).
     """
     q, k, v = (launching.readable(t) for t in (q, k, v))
-    n_batch, n_heads, n_queries, d = q.shape
-    n_keys = k.shape[2]
-    out = q.new_empty(n_batch, n_queries, n_heads, d).transpose(1, 2)
+    n_batch, n_heads, n_queries, _ = q.shape
+    n_keys, dv = v.shape[2:]
+    out = q.new_empty(n_batch, n_queries, n_heads, dv).transpose(1, 2)
     lse = q.new_empty(n_batch, n_heads, n_queries, dtype=torch.float32)
     call = launching.Setup.of(q, k, v, (out,), options)
     if call.unit == 1:  # an address that no stride told of

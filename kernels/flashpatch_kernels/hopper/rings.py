@@ -6,7 +6,7 @@ that goes through a ring has a number, counted from 0: its slot and the phase of
 from that.
 """
 
-from flashpatch_kernels.hopper.gluon import gl, jit, mbarrier, tma, tma_load
+from flashpatch_kernels.hopper.gluon import gl, jit, mbarrier, tma, tma_load, warpgroup_mma
 
 
 @jit
@@ -53,19 +53,32 @@ def leave(ring, number, SLOTS: gl.constexpr):
 
 
 @jit
-def matrix(
-    base,
-    strides,
-    n_batch,
-    n_heads,
-    n_rows,
-    D: gl.constexpr,
-    ROWS: gl.constexpr,
-    COLUMNS: gl.constexpr,
-):
-    """[n_batch, n_heads, n_rows, D] as the copy engine knows it, [ROWS, COLUMNS] of it at a time.
+def chunks(tile, C: gl.constexpr):
+    """The columns of a tile [ROWS, D] that its head has, as one or two widths of products."""
+    if C.D1 > 0:
+        return (tile.slice(0, C.D0, 1), tile.slice(C.D0, C.D1, 1))
+    else:
+        return (tile,)
 
-    `strides` are those of the first three dimensions, in units of 16 bytes.
+
+@jit
+def start_inner(a, b, empty, C: gl.constexpr):
+    """Issues A B^T over the chunks of both: [R, D], [S, D] -> [R, S], the shape of `empty`."""
+    started = warpgroup_mma(a[0], b[0].permute((1, 0)), empty, use_acc=False, is_async=True)
+    if C.D1 > 0:
+        started = warpgroup_mma(a[1], b[1].permute((1, 0)), started, is_async=True)
+    return started
+
+
+@jit
+def matrix(
+    base, strides, n_batch, n_heads, n_rows,
+    SIZE: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
+):  # fmt: skip
+    """[n_batch, n_heads, n_rows, SIZE] as the copy engine knows it, [ROWS, COLUMNS] at a time.
+
+    What is read beyond the last row or column is zero, what is written there is dropped. `strides`
+    are those of the first three dimensions, in units of 16 bytes.
     """
     dtype: gl.constexpr = base.dtype.element_ty
     UNIT: gl.constexpr = 128 // dtype.primitive_bitwidth
@@ -75,5 +88,5 @@ def matrix(
     head = strides[1].to(gl.int64) * UNIT
     row = strides[2].to(gl.int64) * UNIT
     return tma.make_tensor_descriptor(
-        base, [n_batch, n_heads, n_rows, D], [batch, head, row, 1], shape, layout
+        base, [n_batch, n_heads, n_rows, SIZE], [batch, head, row, 1], shape, layout
     )
