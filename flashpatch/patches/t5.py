@@ -42,7 +42,8 @@ def table(
     reach = cast("int", module.relative_attention_max_distance)
     no_past = isinstance(past_seen_tokens, int) and past_seen_tokens == 0
     if no_past and query_length > 1 and 2 * reach + 1 < query_length + key_length - 1:
-        return cls.compute_bias(module, 1, 2 * reach + 1, device=device, past_seen_tokens=reach)
+        near = cls.compute_bias(module, 1, 2 * reach + 1, device=device, past_seen_tokens=reach)
+        return near.contiguous()  # here, once for all layers: kernels read rows of distances
     return cls.compute_bias(
         module,
         1,

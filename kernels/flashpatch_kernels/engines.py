@@ -280,6 +280,10 @@ HOPPER = Engine(
             lambda c: not (c.bias or c.table or c.relative),
         ),
         (
+            Reason("HOPPER_SOFTCAP", "the Hopper kernels cap no scores of heads of up to 64"),
+            lambda c: not c.softcap or c.head_size > 64,
+        ),
+        (
             Reason("HOPPER_SCORE", "the Hopper kernels run no functions on scores"),
             lambda c: not c.score,
         ),

@@ -381,7 +381,7 @@ def test_autocast_runs_it_in_half_precision(launched):
 @pytest.mark.parametrize("call", [{"causal": True}, {"window": 50}, {"softcap": 20.0}], ids=str)
 def test_it_compiles_without_a_break(launched, call):
     q, k, v = (
-        torch.randn(2, 4, 300, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        torch.randn(2, 4, 300, 128, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
         for _ in range(3)
     )
 

@@ -90,6 +90,8 @@ def test_the_table_holds_the_bias_of_every_distance(cls, of, is_decoder, past):
         shared = n > 1 and past == 0  # beyond the largest distance all have one bucket
         reach = 2 * module.relative_attention_max_distance + 1
         assert table.shape == (1, 2, 1, min(n + m - 1, reach) if shared else n + m - 1)
+        # Kernels read rows of distances: as columns every layer would copy them.
+        assert table.is_contiguous() or table.shape[3] == n + m - 1
         dense = module.compute_bias(n, m, past_seen_tokens=past)
         assert torch.equal(dense_position_bias(table, n, m), dense)
 

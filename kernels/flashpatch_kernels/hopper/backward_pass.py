@@ -412,7 +412,7 @@ def backward(
         sums = torch.zeros_like(grads["q"], dtype=torch.float32)
         launching.launch(
             backward_kernel,
-            crews.programs(q.device, n_tiles * n_batch * (n_heads // group)),
+            crews.programs(call, "dkdv", n_tiles * n_batch * (n_heads // group)),
             tile,
             *(*inputs, stats, sums, grads["k"], grads["v"]),
             *(*strides, *call.strides(grads["k"], grads["v"])),

@@ -53,12 +53,19 @@ class Constants(NamedTuple):
 
 def tuned(call: launching.Setup, name: tuning.Pass) -> tuple[Tile, Constants]:
     """The tile of a pass, and what it is compiled for."""
-    return constants(name, call.head_sizes, paired(call.options.mask), *call.kinds[1:4], call.own)
+    return constants(
+        name, call.head_sizes, paired(call.options.mask, name), *call.kinds[1:4], call.own
+    )
 
 
-def paired(mask: Mask) -> bool:
-    """Whether later tiles of queries have more work than earlier ones."""
-    return not isinstance(mask, Band) or (mask.right is not None and mask.left is None)
+def paired(mask: Mask, name: tuning.Pass) -> bool:
+    """Whether tiles are taken in pairs, because the work of most grows or shrinks from the first.
+
+    Of Intervals only the forward pass guesses so: its programs gain more by staying.
+    """
+    if isinstance(mask, Band):
+        return mask.right is not None and mask.left is None
+    return name == "forward"
 
 
 @lru_cache
@@ -80,9 +87,15 @@ def constants(
     )
 
 
-def programs(device: torch.device, n_items: int) -> int:
-    """As many programs as the card runs at a time, one on each multiprocessor."""
-    return min(n_items, processors(device))
+def programs(call: launching.Setup, name: tuning.Pass, n_items: int) -> int:
+    """As many programs as the card runs at a time, one on each multiprocessor.
+
+    Under Intervals one for each tile in the backward pass: nobody knows who has how much work, and
+    the card gives the next tile to the multiprocessor that is free.
+    """
+    if name == "dkdv" and not isinstance(call.options.mask, Band):
+        return n_items
+    return min(n_items, processors(call.device))
 
 
 @lru_cache

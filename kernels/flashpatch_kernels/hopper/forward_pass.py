@@ -319,7 +319,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
         added = terms.terms_of(call, both=False)
         launching.launch(
             forward_kernel,
-            crews.programs(q.device, n_tiles * n_batch * n_heads),
+            crews.programs(call, "forward", n_tiles * n_batch * n_heads),
             tile,
             *(q, k, v, out, lse),
             *call.strides(q, k, v, out),
