@@ -45,7 +45,7 @@ CALLS = [
 LOCAL_BYTES = {
     ("forward", 256, "runs"): 40,
     ("backward", 64, "band"): 24,
-    ("backward", 64, "runs"): 64,
+    ("backward", 64, "runs"): 72,
     ("backward", 128, "causal"): 24,
     ("backward", 128, "intervals"): 16,
     ("backward", 128, "runs"): 48,

@@ -501,3 +501,46 @@ def test_empty_sequences(engine, sizes):
     grads = engine("backward", dout, dlse, q, k, v, out, lse, options, needs)
     assert [g.shape for g in grads.values()] == [q.shape, k.shape, v.shape]
     assert not any(g.any() for g in grads.values())
+
+
+# What `tile_lists.key_tiles` says of random bounds, against the mask itself.
+KEY_TILES = """
+import torch
+from flashpatch_kernels.masks import Intervals, allowed
+from flashpatch_kernels.triton import launching, tile_lists
+from flashpatch_kernels.tuning import Tile
+BM, BN, ROWS = 48, 32, 16
+for seed in range(12):
+    torch.manual_seed(seed)
+    n, m = torch.randint(1, 200, (2,)).tolist()
+    bounds = torch.randint(-3, m + 4, (2, n, 2)).sort(-1).values.int()
+    if seed % 3:
+        bounds[:, torch.rand(n) < 0.9] = torch.tensor([0, m], dtype=torch.int32)
+    j = torch.arange(m)
+    runs = (torch.rand(2, m) < 0.9).int()
+    runs = runs * (m - j).int() if seed % 2 else None
+    if runs is not None:  # one beyond the run that a key belongs to
+        ends = torch.where(runs > 0, m, j).flip(1).cummin(1).values.flip(1)
+        runs = torch.where(runs > 0, ends, 0).int()
+    mask = Intervals(bounds, runs)
+    seen = allowed(mask, n, m, "cpu")[:, 0]
+    code = launching.mask_code(mask)
+    found = tile_lists.key_tiles(code, Tile(BM, BN, 4, 1), ROWS, n, m)[:, 0]
+    assert found.shape == (2, -(-n // BM), 4)
+    for b, t in torch.cartesian_prod(torch.arange(2), torch.arange(found.shape[1])).tolist():
+        rows = seen[b, t * BM : (t + 1) * BM]
+        t0, t1, t2, t3 = found[b, t].tolist()
+        assert 0 <= t0 <= t1 <= t2 <= t3, found[b, t]
+        assert not rows[:, : t0 * BN].any() and not rows[:, t3 * BN :].any(), (seed, b, t)
+        assert rows[:, t1 * BN : t2 * BN].all(), (seed, b, t)
+        assert t2 * BN <= m or t1 == t2, (seed, b, t)
+print("all")
+"""
+
+
+def test_key_tiles_of_intervals_hold_all_that_is_seen():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-W", "ignore", "-c", KEY_TILES]
+    found = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+    assert found.stdout == "all\n", found.stderr

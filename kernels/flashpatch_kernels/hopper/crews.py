@@ -4,12 +4,11 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from flashpatch_kernels import tuning
 from flashpatch_kernels.hopper.scheduling import listed_tiles
 from flashpatch_kernels.masks import Band, Mask
-from flashpatch_kernels.triton import launching, tile_masks
+from flashpatch_kernels.triton import launching
 from flashpatch_kernels.tuning import Tile
 
 
@@ -109,23 +108,3 @@ def processors(device: torch.device) -> int:
 def keys_of(mask: launching.MaskCode) -> Any:
     """The device function that tells which key tiles a tile of queries meets."""
     return mask.keys if mask.bounds[0] is None else listed_tiles
-
-
-def key_tiles(
-    mask: launching.MaskCode, tile: Tile, rows: int, n_queries: int, n_keys: int
-) -> Tensor | None:
-    """What `tile_masks.interval_keys` says of every tile of queries: int32 [1|B, 1, tiles, 4]."""
-    bounds, batch, _, row = mask.bounds
-    if bounds is None:
-        return None
-    runs, runs_batch = mask.runs
-    n_tiles = launching.cdiv(n_queries, tile.BM)
-    found = bounds.new_empty(mask.n_masks[0], 1, n_tiles, 4)
-    launching.launch(
-        tile_masks.key_tiles_kernel,
-        mask.n_masks[0] * n_tiles,
-        Tile(tile.BM, tile.BN, 4, 1),
-        *(found, bounds, batch, row, runs, runs_batch, n_queries, n_keys),
-        *(rows, tile.BM, tile.BN, runs is not None),
-    )
-    return found

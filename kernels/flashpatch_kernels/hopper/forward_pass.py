@@ -38,7 +38,7 @@ from flashpatch_kernels.hopper.scheduling import (
     turns,
 )
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import launching, scores, terms
+from flashpatch_kernels.triton import launching, scores, terms, tile_lists
 from flashpatch_kernels.triton.tiles import LOG2E, LOWEST
 
 LN2 = gl.constexpr(0.6931471805599453)
@@ -325,7 +325,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
             *call.strides(q, k, v, out),
             *(*call.sizes, n_tiles),
             call.to_log2,
-            *call.mask.arguments(crews.key_tiles(call.mask, tile, fixed.R, n_queries, n_keys)),
+            *call.mask.arguments(tile_lists.key_tiles(call.mask, tile, fixed.R, n_queries, n_keys)),
             *(*call.cap, options.sinks, added.straight.pointers, *added.numbers[:8]),
             *(call.mask.rows, call.mask.seen, crews.keys_of(call.mask), call.mask.has_runs),
             *(added.straight.opens, added.straight.adds, added.straight.code, fixed),

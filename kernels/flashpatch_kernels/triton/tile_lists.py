@@ -17,6 +17,32 @@ def key_lists(mask: launching.MaskCode, tile: Tile, n_queries: int, n_keys: int)
     return ordered(states(mask, tile, n_queries, n_keys))
 
 
+def key_tiles(
+    mask: launching.MaskCode, tile: Tile, rows: int, n_queries: int, n_keys: int
+) -> Tensor | None:
+    """The key tiles of every query tile under Intervals, for programs that stay for many.
+
+    Four numbers, as `tile_masks.interval_keys` gives them: int32 [1|B, 1, query tiles, 4].
+
+    Args:
+        rows: Queries to look at together, a power of two that divides the tile's.
+    """
+    bounds, batch, _, row = mask.bounds
+    if bounds is None:
+        return None
+    runs, runs_batch = mask.runs
+    n_tiles = launching.cdiv(n_queries, tile.BM)
+    found = bounds.new_empty(mask.n_masks[0], 1, n_tiles, 4)
+    launching.launch(
+        tile_masks.key_tiles_kernel,
+        mask.n_masks[0] * n_tiles,
+        Tile(tile.BM, tile.BN, 4, 1),
+        *(found, bounds, batch, row, runs, runs_batch, n_queries, n_keys),
+        *(rows, tile.BM, tile.BN, runs is not None),
+    )
+    return found
+
+
 def query_lists(
     mask: launching.MaskCode, tile: Tile, group: int, n_queries: int, n_keys: int
 ) -> Tensor | None:
