@@ -66,8 +66,8 @@ def ours(
     name: str, on: Machine, qkv: tuple[Tensor, ...], learnt: tuple[Tensor, ...] = (), **options: Any
 ) -> Case:
     """Our engine on these tensors, or on a GPU the one that `options` name."""
-    engine = options.pop("engine", on.engine) if on.device == "cuda" else on.engine
-    options.pop("engine", None)
+    named = options.pop("engine", on.engine)
+    engine = named if on.device == "cuda" else on.engine
     scale = options.pop("scale", qkv[0].shape[3] ** -0.5)
     record = Options(scale=scale, **options)
     q, k, v = qkv

@@ -33,7 +33,8 @@ from flashpatch_kernels.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from flashpatch_kernels.hopper.rings import chunks, leave, matrix, put, ring, start_inner, take
+from flashpatch_kernels.hopper.products import chunks, operand, start_inner
+from flashpatch_kernels.hopper.rings import leave, matrix, put, ring, take
 from flashpatch_kernels.hopper.scheduling import edges_first, meet, place, turns
 from flashpatch_kernels.options import Options
 from flashpatch_kernels.triton import launching, scores, terms, tile_lists
@@ -64,6 +65,12 @@ def add_dq(sums, ready, taken, dq, number, batch, head, row, C: gl.constexpr):
 
 
 @jit
+def step_place(y, first_head, n, t0, t1, t2, t3, C: gl.constexpr):
+    """Head and first query of the y-th step: n tiles of queries of each head."""
+    return first_head + y // n, edges_first(y % n, t0, t1, t2, t3) * C.BM
+
+
+@jit
 def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
     """Reads what consumers need for every tile of keys of this program, and writes dQ."""
     (Q, K, V, DO, STATS, DQ, q_strides, k_strides, v_strides, do_strides, dq_strides, sizes, mask,
@@ -90,8 +97,7 @@ def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
         t0, t1, t2, t3 = QUERIES(mask, batch, g, start, n_queries, n_keys, C.BM, C.BN)
         n = gl.maximum(t3 - t0, 1)
         for y in range(n * group):
-            head = g * group + y // n
-            row = edges_first(y % n, t0, t1, t2, t3) * C.BM
+            head, row = step_place(y, g * group, n, t0, t1, t2, t3, C)
             i = row + within
             at = STATS + (batch * n_heads + head).to(gl.int64) * n_queries + i
             put(queries, done + y, q, batch, head, row, C.SLOTS)
@@ -100,12 +106,10 @@ def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
             put_numbers(douts, delta, done + y, at + n_rows, i < n_queries, 0.0, C)
             if y >= C.SLOTS:
                 before = y - C.SLOTS
-                head = g * group + before // n
-                row = edges_first(before % n, t0, t1, t2, t3) * C.BM
+                head, row = step_place(before, g * group, n, t0, t1, t2, t3, C)
                 add_dq(sums, ready, taken, dq, done + before, batch, head, row, C)
         for y in range(gl.maximum(n * group - C.SLOTS, 0), n * group):
-            head = g * group + y // n
-            row = edges_first(y % n, t0, t1, t2, t3) * C.BM
+            head, row = step_place(y, g * group, n, t0, t1, t2, t3, C)
             add_dq(sums, ready, taken, dq, done + y, batch, head, row, C)
         done += n * group
 
@@ -116,21 +120,6 @@ def anew(x):
     return gl.inline_asm_elementwise(
         "mov.u32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
     )
-
-
-@jit
-def start_products(a, b, C: gl.constexpr):
-    """Issues A B^T: [R, D], [BM, D] -> [R, BM]."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])
-    empty = gl.full([C.R, C.BM], 0.0, gl.float32, layout)
-    return start_inner(chunks(a, C), chunks(b, C), empty, C)
-
-
-@jit
-def operand(x, dtype: gl.constexpr, C: gl.constexpr):
-    """The left operand [R, BM] of a product with [BM, D], in registers."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D, 16])
-    return gl.convert_layout(x.to(dtype), gl.DotOperandLayout(0, layout, 2))
 
 
 @jit
@@ -188,7 +177,7 @@ def consume_step(
     head = first_head + y // n
 
     q = take(queries, x, C.SLOTS)  # [BM, D]
-    s_started = start_products(k, q, C)
+    s_started = start_inner(chunks(k, C), chunks(q, C), C.BM, C)
     dq_started = s_started
     if not FIRST:
         dq_started = start_dq(shared, keys, x - 1, consumer, C)
@@ -212,15 +201,15 @@ def consume_step(
         dq = warpgroup_mma_wait(0, deps=(dq_started,))
         hand_over(dq, shared, x - 1, consumer, C)
     do = take(douts, x, C.SLOTS)  # [BM, D]
-    dp_started = start_products(v, do, C)
-    dv_started = warpgroup_mma(operand(pt, dtype, C), do, dv, is_async=True)
+    dp_started = start_inner(chunks(v, C), chunks(do, C), C.BM, C)
+    dv_started = warpgroup_mma(operand(pt, dtype, C.D), do, dv, is_async=True)
     dpt = warpgroup_mma_wait(1, deps=(dp_started,))  # [R, BM]
     dst = pt * (dpt - gl.expand_dims(delta.index(slot).load(gl.SliceLayout(0, S)), 0))
     if not C.PLAIN:
         inside = gl.minimum(column, n_keys - 1)
         dst = scores.product_gradient(dst, t, row, inside, head, score, sources, C, ADDS)
     dss.index(x % 2 * CONSUMERS + consumer).store(dst.to(dtype))
-    dk_started = warpgroup_mma(operand(dst, dtype, C), q, dk, is_async=True)
+    dk_started = warpgroup_mma(operand(dst, dtype, C.D), q, dk, is_async=True)
     fence_async_shared()
     mbarrier.arrive(stored.index(x % 2), count=1)
     dv = warpgroup_mma_wait(1, deps=(dv_started,))
@@ -254,7 +243,7 @@ def consume(
         g = bg % kv_heads
         start = tile * C.BN
         t0, t1, t2, t3 = QUERIES(mask, batch, g, start, n_queries, n_keys, C.BM, C.BN)
-        edges = t1 - t0 + t3 - t2
+        edges = gl.maximum(t1 - t0 + t3 - t2, 1)
         j = start + consumer * C.R + gl.arange(0, C.R, gl.SliceLayout(1, S))
         # Keys that nobody sees, or that do not exist, must not reach dQ.
         always = start + C.BN > n_keys
@@ -271,7 +260,6 @@ def consume(
         v = take(values, turn * CONSUMERS + consumer, CONSUMERS)
         met = gl.maximum(t3 - t0, 1)
         n = met * group
-        edges = gl.maximum(edges, 1)
         rings = (queries, douts, keys, values)
         shared = (lse, delta, dss, stored, sums, ready, taken)
         where = (sizes, (t0, t1, t2, t3), edges, always, j, batch, g * group)
@@ -386,7 +374,7 @@ def backward(
     What these kernels do not compute the portable ones do: other head sizes, capped scores, some of
     the gradients alone; and all of them where PyTorch is asked for deterministic algorithms.
     """
-    q, k, v, dout = (launching.readable(t) for t in (q, k, v, dout))
+    q, k, v, out, dout = (launching.readable(t) for t in (q, k, v, out, dout))
     grads = {name: torch.empty_like(t) for name, t in (("q", q), ("k", k), ("v", v))}
     call = launching.Setup.of(q, k, v, (out, dout, *grads.values()), options)
     served = (
@@ -403,11 +391,11 @@ def backward(
     tile, fixed = crews.tuned(call, "dkdv")
     n_tiles = launching.cdiv(n_keys, tile.BN)
     with launching.on(q.device):
-        stats = torch.empty(2, *lse.shape, dtype=torch.float32, device=lse.device)
+        stats = lse.new_empty(2, *lse.shape)
         inputs = (q, k, v, dout)
         strides = call.strides(*inputs)
         shared = Shared(call, terms.terms_of(call, both=True), inputs, strides, stats)
-        compute_stats(shared, out, lse, None if dlse is None else dlse.contiguous())
+        compute_stats(shared, out, lse.contiguous(), None if dlse is None else dlse.contiguous())
         added = shared.added.transposed
         sums = torch.zeros_like(grads["q"], dtype=torch.float32)
         launching.launch(

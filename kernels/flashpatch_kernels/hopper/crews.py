@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import torch
 
 from flashpatch_kernels import tuning
-from flashpatch_kernels.hopper.scheduling import listed_tiles
 from flashpatch_kernels.masks import Band, Mask
-from flashpatch_kernels.triton import launching
+from flashpatch_kernels.triton import launching, tile_masks
 from flashpatch_kernels.tuning import Tile
 
 
@@ -107,4 +106,4 @@ def processors(device: torch.device) -> int:
 
 def keys_of(mask: launching.MaskCode) -> Any:
     """The device function that tells which key tiles a tile of queries meets."""
-    return mask.keys if mask.bounds[0] is None else listed_tiles
+    return mask.keys if mask.bounds[0] is None else tile_masks.interval_listed_keys

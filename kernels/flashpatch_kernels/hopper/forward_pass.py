@@ -29,7 +29,8 @@ from flashpatch_kernels.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from flashpatch_kernels.hopper.rings import chunks, leave, matrix, put, ring, start_inner, take
+from flashpatch_kernels.hopper.products import chunks, held, operand, start_inner
+from flashpatch_kernels.hopper.rings import leave, matrix, put, ring, take
 from flashpatch_kernels.hopper.scheduling import (
     await_turn,
     edges_first,
@@ -38,7 +39,7 @@ from flashpatch_kernels.hopper.scheduling import (
     turns,
 )
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import launching, scores, terms, tile_lists
+from flashpatch_kernels.triton import launching, scores, terms, tile_lists, tiles
 from flashpatch_kernels.triton.tiles import LOG2E, LOWEST
 
 LN2 = gl.constexpr(0.6931471805599453)
@@ -83,32 +84,6 @@ def softmax_start(sinks, head, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @jit
-def softmax_step(s, m, l, to_log2):
-    """The weights of one tile of scores, see `tiles.softmax_step`."""
-    m_new = gl.maximum(m, gl.max(s, 1) * to_log2)
-    p = gl.exp2(s * to_log2 - gl.expand_dims(m_new, 1))
-    alpha = gl.exp2(m - m_new)
-    return p, m_new, l * alpha + gl.sum(p, 1), alpha
-
-
-@jit
-def start_scores(q, k, C: gl.constexpr):
-    """Issues S = Q K^T: chunks of [R, D], [BN, D] -> [R, BN]."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BN, 16])
-    empty = gl.full([C.R, C.BN], 0.0, gl.float32, layout)
-    return start_inner(q, chunks(k, C), empty, C)
-
-
-@jit
-def held(q, layout: gl.constexpr, C: gl.constexpr):
-    """Chunks of queries in registers, as left operands."""
-    if C.D1 > 0:
-        return (q[0].load(layout), q[1].load(layout))
-    else:
-        return (q[0].load(layout),)
-
-
-@jit
 def weigh(
     s, m, l, i, lo, hi, tile, batch, head, sizes, mask, score, sources, to_log2,
     SEEN: gl.constexpr, RUNS: gl.constexpr, ADDS: gl.constexpr, C: gl.constexpr,
@@ -130,14 +105,7 @@ def weigh(
         low = gl.expand_dims(lo, 1)
         seen = SEEN(low, gl.expand_dims(hi, 1), row, j, mask, batch, head, n_queries, n_keys, RUNS)
         s = gl.where(seen, s, float("-inf"))
-    return softmax_step(s, m, l, to_log2)
-
-
-@jit
-def operand(p, dtype: gl.constexpr, C: gl.constexpr):
-    """Weights as the left operand of the product with values, in registers."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.DV, 16])
-    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, layout, 2))
+    return tiles.softmax_step(s, m, l, to_log2)
 
 
 @jit
@@ -181,7 +149,7 @@ def consume(
         k = take(keys, done, C.SLOTS)
         if C.IN_TURN:
             await_turn(consumer, done)
-        started = start_scores(q, k, C)
+        started = start_inner(q, chunks(k, C), C.BN, C)
         if C.IN_TURN:
             pass_turn(consumer, C.CONSUMERS, done)
         s = warpgroup_mma_wait(0, deps=(started,))
@@ -191,7 +159,7 @@ def consume(
             s, m, l, inside, lo, hi, first, batch, head, sizes, mask, of_row, sources, to_log2,
             SEEN, RUNS, ADDS, C, True,
         )  # fmt: skip
-        p = operand(p, dtype, C)
+        p = operand(p, dtype, C.DV)
         for x in range(1, n):
             m, l, acc, p = consume_step(
                 m, l, acc, p, q, keys, values, done + x, edges_first(x, t0, t1, t2, t3), inside,
@@ -229,7 +197,7 @@ def consume_step(
     k = take(keys, x, C.SLOTS)
     if C.IN_TURN:
         await_turn(consumer, x)
-    started = start_scores(q, k, C)
+    started = start_inner(q, chunks(k, C), C.BN, C)
     v = take(values, x - 1, C.SLOTS)
     added = warpgroup_mma(p, v, acc, is_async=True)
     if C.IN_TURN:
@@ -243,7 +211,7 @@ def consume_step(
     acc = warpgroup_mma_wait(0, deps=(added,))
     leave(values, x - 1, C.SLOTS)
     acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout)), 1)
-    return m, l, acc, operand(p_new, p.dtype, C)
+    return m, l, acc, operand(p_new, p.dtype, C.DV)
 
 
 @kernel
@@ -258,7 +226,7 @@ def forward_kernel(
     ROWS: gl.constexpr, SEEN: gl.constexpr, KEYS: gl.constexpr, RUNS: gl.constexpr,
     OPENS: gl.constexpr, ADDS: gl.constexpr, CODE: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
-    """All tiles of queries, shared by as many programs as there are. Strides are in C.UNIT."""
+    """All tiles of queries, shared by as many programs as there are. Strides are in 16 bytes."""
     mask = (left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
             tiles_of, tiles_batch, tiles_head)  # fmt: skip
     sizes = (n_batch, n_heads, group, n_queries, n_keys)

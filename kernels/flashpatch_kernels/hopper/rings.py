@@ -6,7 +6,7 @@ that goes through a ring has a number, counted from 0: its slot and the phase of
 from that.
 """
 
-from flashpatch_kernels.hopper.gluon import gl, jit, mbarrier, tma, tma_load, warpgroup_mma
+from flashpatch_kernels.hopper.gluon import gl, jit, mbarrier, tma, tma_load
 
 
 @jit
@@ -50,24 +50,6 @@ def take(ring, number, SLOTS: gl.constexpr):
 def leave(ring, number, SLOTS: gl.constexpr):
     """Says that this partition has done with a tile."""
     mbarrier.arrive(ring[2].index(number % SLOTS), count=1)
-
-
-@jit
-def chunks(tile, C: gl.constexpr):
-    """The columns of a tile [ROWS, D] that its head has, as one or two widths of products."""
-    if C.D1 > 0:
-        return (tile.slice(0, C.D0, 1), tile.slice(C.D0, C.D1, 1))
-    else:
-        return (tile,)
-
-
-@jit
-def start_inner(a, b, empty, C: gl.constexpr):
-    """Issues A B^T over the chunks of both: [R, D], [S, D] -> [R, S], the shape of `empty`."""
-    started = warpgroup_mma(a[0], b[0].permute((1, 0)), empty, use_acc=False, is_async=True)
-    if C.D1 > 0:
-        started = warpgroup_mma(a[1], b[1].permute((1, 0)), started, is_async=True)
-    return started
 
 
 @jit

@@ -57,44 +57,28 @@ def edges_first(x, t0, t1, t2, t3):
     return gl.where(x < edges, tile_masks.edge_tile(x, t0, t1, t2), t1 + x - edges)
 
 
-@jit
-def listed_tiles(
-    mask, batch, head, start, n_queries, n_keys,
-    BM: gl.constexpr, BN: gl.constexpr, RUNS: gl.constexpr,
-):  # fmt: skip
-    """Key tiles of the queries start .. start + BM, as `interval_key_tiles` found them."""
-    at = mask[9] + batch.to(gl.int64) * mask[10] + (start // BM) * 4
-    return gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
-
-
 @constexpr_function
-def barrier(action, number):
-    """A named barrier of two warpgroups; Triton itself uses the first eight."""
-    return f"bar.{action} {8 + number}, 256; mov.u32 $0, $1;"
+def barrier(action, number, warpgroups):
+    """A named barrier; Triton itself uses the first eight."""
+    return f"bar.{action} {8 + number}, {128 * warpgroups}; mov.u32 $0, $1;"
 
 
 @jit
 def await_turn(consumer: gl.constexpr, x):
     """Waits until the consumer before this one has issued its products."""
-    text: gl.constexpr = barrier("sync", consumer)
+    text: gl.constexpr = barrier("sync", consumer, 2)
     gl.inline_asm_elementwise(text, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @jit
 def pass_turn(consumer: gl.constexpr, CONSUMERS: gl.constexpr, x):
     """Lets the next consumer issue its own."""
-    text: gl.constexpr = barrier("arrive", (consumer + 1) % CONSUMERS)
+    text: gl.constexpr = barrier("arrive", (consumer + 1) % CONSUMERS, 2)
     gl.inline_asm_elementwise(text, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @jit
 def meet(number: gl.constexpr, CONSUMERS: gl.constexpr, x):
     """Waits until all consumers are here."""
-    text: gl.constexpr = meeting(number, CONSUMERS)
+    text: gl.constexpr = barrier("sync", number, CONSUMERS)
     gl.inline_asm_elementwise(text, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@constexpr_function
-def meeting(number, consumers):
-    """A named barrier of all consumers."""
-    return f"bar.sync {8 + number}, {128 * consumers}; mov.u32 $0, $1;"

@@ -252,13 +252,28 @@ def key_tiles_kernel(
 
 
 @triton.jit
+def tile_range(mask, batch, tile):
+    """The four numbers that stand in the place of a tile's list."""
+    tiles, tiles_batch = mask[9], mask[10]
+    at = tiles + tl.cast(batch, tl.int64) * tiles_batch + tile * 4
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def interval_listed_keys(
+    mask, batch, head, start, n_queries, n_keys,
+    BM: tl.constexpr, BN: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """Key tiles of the queries start .. start + BM, as `key_tiles_kernel` found them."""
+    return tile_range(mask, batch, start // BM)
+
+
+@triton.jit
 def interval_queries(
     mask, batch, head, start, n_queries, n_keys, BM: tl.constexpr, BN: tl.constexpr
 ):
     """Query tiles of the keys start .. start + BN, as `query_tiles_kernel` found them."""
-    tiles, tiles_batch = mask[9], mask[10]
-    at = tiles + tl.cast(batch, tl.int64) * tiles_batch + (start // BN) * 4
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    return tile_range(mask, batch, start // BN)
 
 
 @kernel
