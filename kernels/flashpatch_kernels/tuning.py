@@ -43,7 +43,6 @@ class Crew(NamedTuple):
         own_slots: Tiles of `rows` in flight.
         registers: Of a thread that computes.
         in_turn: Whether consumers take turns at the tensor cores.
-        held: Whether a consumer keeps its queries in registers, where they are read faster.
     """
 
     consumers: int
@@ -53,7 +52,6 @@ class Crew(NamedTuple):
     own_slots: int
     registers: int
     in_turn: bool = False
-    held: bool = False
 
     @property
     def own(self) -> int:
@@ -68,9 +66,9 @@ class Crew(NamedTuple):
 
 # (pass, widths of the tiles of q and k and of v) -> crew.
 CREWS: dict[tuple[Pass, int, int], Crew] = {
-    ("forward", 64, 64): Crew(3, 64, 128, 4, 6, 160, in_turn=True),
+    ("forward", 64, 64): Crew(3, 64, 64, 6, 6, 160, in_turn=True),
     ("forward", 128, 64): Crew(2, 64, 128, 2, 4, 240, in_turn=True),
-    ("forward", 128, 128): Crew(2, 64, 128, 2, 4, 240, in_turn=True, held=True),
+    ("forward", 128, 128): Crew(2, 64, 128, 2, 4, 240, in_turn=True),
     ("forward", 256, 128): Crew(2, 64, 64, 3, 2, 240, in_turn=True),
     ("forward", 256, 256): Crew(2, 64, 64, 2, 2, 240, in_turn=True),
     ("dkdv", 64, 64): Crew(2, 64, 128, 2, 2, 240),

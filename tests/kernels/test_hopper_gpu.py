@@ -165,6 +165,55 @@ def test_the_scale_may_be_anything(case, compare, mask, scale, d):
     compare(case(mask, scale=scale, d=d), SIZES[d])
 
 
+GROWTHS = {
+    "from tile to tile": lambda j: 1 + j / 32,
+    "at one key, beyond any float": lambda j: torch.where(j == 700, 400.0, 1.0),
+    "and falls again": lambda j: 1 + 40 * torch.exp(-(((j - 500) / 50) ** 2)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", ["full", "causal", "causal keys"])
+@pytest.mark.parametrize("growth", GROWTHS)
+@pytest.mark.parametrize("d", [*SIZES, 96])
+def test_scores_that_outgrow_the_first_tile(case, compare, mask, growth, dtype, d):
+    one = case(mask, n=1000, m=1000, d=d, dtype=dtype)
+    by = GROWTHS[growth](torch.arange(1000, device=DEVICE)).to(dtype)[:, None]
+    k = spread((one.k.detach() * by).requires_grad_())
+    compare(replace(one, k=k), SIZES.get(d, [FORWARD, BACKWARD]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", SIZES)
+def test_a_row_does_not_depend_on_its_neighbours(case, launched, dtype, d):
+    """Nor on how far their scores grow, which makes a warp take another path."""
+    one = case("causal", n=1000, m=1000, d=d, dtype=dtype)
+    q, k, v = (x.detach() for x in (one.q, one.k, one.v))
+    usual, lse = attend(q, k, v, one.options)
+    steep = q.clone()
+    steep[:, :, 5::16] *= 100
+    found, lse_found = attend(steep, k, v, one.options)
+    same = torch.arange(1000, device=DEVICE) % 16 != 5
+    assert torch.equal(found[:, :, same], usual[:, :, same])
+    assert torch.equal(lse_found[:, :, same], lse[:, :, same])
+    assert launched == [FORWARD] * 2
+
+
+@pytest.mark.parametrize("d", SIZES)
+def test_what_is_not_a_number_stays_in_its_row(case, d):
+    one = case("causal", n=600, m=600, d=d)
+    q, k, v = (x.detach().clone() for x in (one.q, one.k, one.v))
+    usual, _ = attend(q, k, v, one.options)
+    q[:, :, 300] = torch.nan
+    k[:, :, 450] = torch.nan
+    found, lse = attend(q, k, v, one.options)
+    row = torch.arange(600, device=DEVICE)
+    lost = (row == 300) | (row >= 450)
+    assert found[:, :, lost].isnan().all()
+    assert lse[:, :, lost].isnan().all()
+    assert torch.equal(found[:, :, ~lost], usual[:, :, ~lost])
+
+
 @pytest.mark.parametrize("mask", ["full", "causal", "causal keys", "intervals"])
 @pytest.mark.parametrize("terms", [("softcap",), ("sinks",), ("softcap", "sinks")], ids=str)
 @pytest.mark.parametrize("d", SIZES)

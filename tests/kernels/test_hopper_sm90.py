@@ -43,7 +43,10 @@ CALLS = [
 
 # Local memory that is accepted, in bytes a thread, as the Triton of constraints.txt compiles them.
 LOCAL_BYTES = {
-    ("forward", 256, "runs"): 40,
+    ("forward", 128, "causal"): 8,
+    ("forward", 128, "runs"): 16,
+    ("forward", 256, "causal"): 32,
+    ("forward", 256, "runs"): 64,
     ("backward", 64, "band"): 24,
     ("backward", 64, "runs"): 72,
     ("backward", 128, "causal"): 24,

@@ -18,9 +18,9 @@ class Constants(NamedTuple):
     products over a head take its chunks D0 and D1 (0 where one is enough). R are the queries of a
     consumer, BM those of a program, BN the keys of a tile; in the backward pass R and BN are of
     keys, BM of queries, and of a tile of dQ a consumer computes PART_ROWS and PART_COLUMNS. Of
-    CONSUMERS warpgroups each thread has REGISTERS; they issue products IN_TURN or as they come, of
-    queries that are HELD in registers or not; SLOTS tiles of keys and of values, and Q_SLOTS of
-    queries, are in flight; PAIRED as in `scheduling`. The rest is as in `launching.Constants`.
+    CONSUMERS warpgroups each thread has REGISTERS; they issue products IN_TURN or as they come;
+    SLOTS tiles of keys and of values, and Q_SLOTS of queries, are in flight; PAIRED as in
+    `scheduling`. The rest is as in `launching.Constants`.
     """
 
     SIZE: int
@@ -37,7 +37,6 @@ class Constants(NamedTuple):
     CONSUMERS: int
     REGISTERS: int
     IN_TURN: bool
-    HELD: bool
     SLOTS: int
     Q_SLOTS: int
     PAIRED: bool
@@ -80,7 +79,7 @@ def constants(
     part = (tile.BM // crew.consumers, d) if by_rows else (tile.BM, d // crew.consumers)
     return tile, Constants(
         *(*sizes, d, dv, *chunks, crew.rows, tile.BM, tile.BN, *part),
-        *(crew.consumers, crew.registers, crew.in_turn, crew.held, crew.slots, crew.own_slots),
+        *(crew.consumers, crew.registers, crew.in_turn, crew.slots, crew.own_slots),
         *(paired, *rest, 0, 0),
     )
 

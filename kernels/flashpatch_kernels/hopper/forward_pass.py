@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flashpatch_kernels import triton as portable
-from flashpatch_kernels.hopper import crews
+from flashpatch_kernels.hopper import crews, softmax
 from flashpatch_kernels.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -29,7 +29,7 @@ from flashpatch_kernels.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from flashpatch_kernels.hopper.products import chunks, held, operand, start_inner
+from flashpatch_kernels.hopper.products import chunks, start_inner
 from flashpatch_kernels.hopper.rings import leave, matrix, put, ring, take
 from flashpatch_kernels.hopper.scheduling import (
     await_turn,
@@ -39,7 +39,7 @@ from flashpatch_kernels.hopper.scheduling import (
     turns,
 )
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import launching, scores, terms, tile_lists, tiles
+from flashpatch_kernels.triton import launching, scores, terms, tile_lists
 from flashpatch_kernels.triton.tiles import LOG2E, LOWEST
 
 LN2 = gl.constexpr(0.6931471805599453)
@@ -84,16 +84,12 @@ def softmax_start(sinks, head, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @jit
-def weigh(
-    s, m, l, i, lo, hi, tile, batch, head, sizes, mask, score, sources, to_log2,
+def scored(
+    s, i, lo, hi, tile, batch, head, sizes, mask, score, sources,
     SEEN: gl.constexpr, RUNS: gl.constexpr, ADDS: gl.constexpr, C: gl.constexpr,
     masked,
 ):  # fmt: skip
-    """From the products [R, BN] of a tile of keys to its weights.
-
-    Returns:
-        p [R, BN], m [R], l [R], alpha [R].
-    """
+    """From the products [R, BN] of a tile of keys to its scores, -inf where nothing is seen."""
     n_queries, n_keys = sizes[3], sizes[4]
     n = tile * C.BN
     j = gl.expand_dims(n + gl.arange(0, C.BN, gl.SliceLayout(0, s.type.layout)), 0)
@@ -105,7 +101,7 @@ def weigh(
         low = gl.expand_dims(lo, 1)
         seen = SEEN(low, gl.expand_dims(hi, 1), row, j, mask, batch, head, n_queries, n_keys, RUNS)
         s = gl.where(seen, s, float("-inf"))
-    return tiles.softmax_step(s, m, l, to_log2)
+    return s
 
 
 @jit
@@ -144,8 +140,6 @@ def consume(
         number = turn * C.CONSUMERS + consumer
         own = take(queries, number, C.Q_SLOTS)
         q = chunks(own, C)
-        if C.HELD:
-            q = held(q, gl.DotOperandLayout(0, S, 2), C)
         k = take(keys, done, C.SLOTS)
         if C.IN_TURN:
             await_turn(consumer, done)
@@ -155,11 +149,11 @@ def consume(
         s = warpgroup_mma_wait(0, deps=(started,))
         leave(keys, done, C.SLOTS)
         first = edges_first(0, t0, t1, t2, t3)
-        p, m, l, _alpha = weigh(
-            s, m, l, inside, lo, hi, first, batch, head, sizes, mask, of_row, sources, to_log2,
+        s = scored(
+            s, inside, lo, hi, first, batch, head, sizes, mask, of_row, sources,
             SEEN, RUNS, ADDS, C, True,
         )  # fmt: skip
-        p = operand(p, dtype, C.DV)
+        p, m, l = softmax.first_step(s, m, l, to_log2, dtype, C.DV)
         for x in range(1, n):
             m, l, acc, p = consume_step(
                 m, l, acc, p, q, keys, values, done + x, edges_first(x, t0, t1, t2, t3), inside,
@@ -169,6 +163,7 @@ def consume(
         done += n
         v = take(values, done - 1, C.SLOTS)
         added = warpgroup_mma(p, v, acc, is_async=True)
+        l = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, S), assert_trivial=True)
         # A row that sees no key has l = 0: it gives 0 and -inf.
         inverse = gl.where(l > 0, 1.0 / l, 0.0)
         lse = (m + gl.log2(l)) * LN2
@@ -176,7 +171,7 @@ def consume(
         gl.store(at, lse, mask=i < n_queries)
         acc = warpgroup_mma_wait(0, deps=(added,))
         leave(values, done - 1, C.SLOTS)
-        acc = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, A)), 1)
+        acc = acc * softmax.like_rows(inverse, acc)
         # The tile of q is not read any more: the output leaves through its memory.
         own.slice(0, C.DV, 1).store(acc.to(dtype))
         fence_async_shared()
@@ -204,14 +199,15 @@ def consume_step(
         pass_turn(consumer, C.CONSUMERS, x)
     s = warpgroup_mma_wait(1, deps=(started,))
     leave(keys, x, C.SLOTS)
-    p_new, m, l, alpha = weigh(
-        s, m, l, i, lo, hi, tile, batch, head, sizes, mask, score, sources, to_log2,
-        SEEN, RUNS, ADDS, C, masked,
+    s = scored(
+        s, i, lo, hi, tile, batch, head, sizes, mask, score, sources, SEEN, RUNS, ADDS, C, masked,
     )  # fmt: skip
+    p, m, l, moved, alpha = softmax.step(s, m, l, to_log2, p.dtype, C.DV)
     acc = warpgroup_mma_wait(0, deps=(added,))
     leave(values, x - 1, C.SLOTS)
-    acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout)), 1)
-    return m, l, acc, operand(p_new, p.dtype, C.DV)
+    if moved != 0:
+        acc = acc * softmax.like_rows(alpha, acc)
+    return m, l, acc, p
 
 
 @kernel

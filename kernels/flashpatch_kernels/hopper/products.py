@@ -13,15 +13,6 @@ def chunks(tile, C: gl.constexpr):
 
 
 @jit
-def held(a, layout: gl.constexpr, C: gl.constexpr):
-    """Chunks in registers, as left operands."""
-    if C.D1 > 0:
-        return (a[0].load(layout), a[1].load(layout))
-    else:
-        return (a[0].load(layout),)
-
-
-@jit
 def start_inner(a, b, COLUMNS: gl.constexpr, C: gl.constexpr):
     """Issues A B^T over the chunks of both: [R, D], [COLUMNS, D] -> [R, COLUMNS]."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])

@@ -1,0 +1,124 @@
+"""The softmax of a consumer, which seldom asks for a maximum.
+
+Weights are 2^(s - m) with a reference m for each row. Whatever m is, the softmax is the same, as
+long as no weight overflows: m is the maximum of the first tile of keys, and moves only when weights
+have grown far beyond 1. That shows in their sums, which are taken anyway: each of the four lanes
+that share a row sums what it has, and a warp votes whether one of its sums is beyond LIMITS. With a
+maximum of every tile, its exponentials wait for 64 comparisons and two exchanges between lanes, and
+what was accumulated is rescaled every time.
+
+Rows are independent: one whose weights are fine keeps its reference when its neighbour moves.
+
+Letters: R queries of a consumer, BN keys of a tile; everything in base 2.
+
+Source: the skipped rescaling of flash-attention (flash_attn/cute/softmax.py, `rescale_threshold`),
+which still computes the maximum.
+"""
+
+from triton import constexpr_function
+
+from flashpatch_kernels.hopper.gluon import gl, jit
+from flashpatch_kernels.hopper.products import operand
+from flashpatch_kernels.triton import tiles
+
+
+@constexpr_function
+def limit(dtype):
+    """The exponent of the largest sum of weights that a type of 16 bits holds with ease."""
+    return 15 if dtype == gl.float16 else 40
+
+
+@constexpr_function
+def vote(exponent):
+    """Whether all lanes of a warp have two sums up to 2^exponent; if not, sets the carry flag."""
+    most = f"0f{(127 + exponent) << 23:08x}"
+    return (
+        "{ .reg .pred fine; .reg .b32 x; "
+        f"setp.le.f32 fine, $2, {most}; setp.le.and.f32 fine, $3, {most}, fine; "
+        "vote.sync.all.pred fine, fine, -1; selp.b32 x, 0, -1, fine; add.cc.u32 x, x, 1; "
+        "mov.b32 $0, $2; mov.b32 $1, $3; }"
+    )
+
+
+@jit
+def beyond(sums, LIMIT: gl.constexpr):
+    """Whether one of a warp's sums [R, 4] is beyond the limit or not a number, as a number.
+
+    No operation gives a number of a warp's own from its part of a tensor. The carry flag does.
+    """
+    text: gl.constexpr = vote(LIMIT)
+    sums = gl.inline_asm_elementwise(
+        text, "=r,=r,r,r", [sums], dtype=gl.float32, is_pure=False, pack=2
+    )
+    carry: gl.constexpr = "addc.u32 $0, $1, 0;"
+    return sums, gl.inline_asm_elementwise(
+        carry, "=r,r", [0], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@jit
+def lane_sums(p):
+    """The sums [R, 4] of what each of the four lanes has of a row of p [R, BN]."""
+    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@jit
+def like_rows(x, of):
+    """Numbers [R] of rows as a column beside a tile [R, ...]; every thread has those it needs."""
+    layout: gl.constexpr = gl.SliceLayout(1, of.type.layout)
+    return gl.expand_dims(gl.convert_layout(x, layout, assert_trivial=True), 1)
+
+
+@jit
+def rounded(x, dtype: gl.constexpr):
+    """Numbers x in 16 bits: as `x.to(dtype)`, but never merged with another conversion.
+
+    Merged, they would wait until the branches that they are in have met, and x with them, in twice
+    the registers.
+    """
+    if dtype == gl.float16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.float16, is_pure=False, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=False, pack=2
+        )
+
+
+@jit
+def first_step(s, m, l, to_log2, dtype: gl.constexpr, DV: gl.constexpr):
+    """The weights of the first tile of scores [R, BN], after m [R] and l [R], say of a sink.
+
+    Returns:
+        p [R, BN] as an operand, the reference m [R], the sums l [R, 4] of the four lanes.
+    """
+    p, m, l, _alpha = tiles.softmax_step(s, m, l, to_log2)
+    # All of the sum in each lane's part, a quarter of it.
+    lanes = lane_sums(gl.full(s.shape, 0.25, gl.float32, s.type.layout)) * (4 / s.shape[1])
+    return operand(p, dtype, DV), m, lanes * like_rows(l, lanes)
+
+
+@jit
+def step(s, m, l, to_log2, dtype: gl.constexpr, DV: gl.constexpr):
+    """The weights of a tile of scores [R, BN], of reference m [R] and sums l [R, 4].
+
+    Returns:
+        p [R, BN] as an operand, m, l, whether m has moved, and the factor [R] that rescales what
+        was accumulated if it has.
+    """
+    LIMIT: gl.constexpr = limit(dtype)
+    weights = gl.exp2(s * to_log2 - gl.expand_dims(m, 1))
+    p = operand(rounded(weights, dtype), dtype, DV)
+    sums, moved = beyond(lane_sums(weights), LIMIT)
+    alpha = gl.full([s.shape[0]], 1.0, gl.float32, m.type.layout)
+    if moved != 0:
+        most = gl.convert_layout(gl.max(sums, 1), m.type.layout, assert_trivial=True)
+        m_new = gl.where(most <= 2.0**LIMIT, m, gl.maximum(m, gl.max(s, 1) * to_log2))
+        alpha = gl.exp2(m - m_new)
+        m = m_new
+        weights = gl.exp2(s * to_log2 - gl.expand_dims(m, 1))
+        sums = lane_sums(weights)
+        p = operand(weights, dtype, DV)
+        l = l * like_rows(alpha, l)
+    return p, m, l + sums, moved, alpha
