@@ -69,7 +69,8 @@ class Call:
         mask: The mask's record: `Band` with its numbers; the others by kind.
         aligned: Whether every row of q, k and v starts at a multiple of 16 bytes.
         one_row: Whether every query sees the same keys, as far as the shapes tell.
-        table: Whether there is a bias by distance, of a table or of slopes.
+        table: Whether there is a bias by distance, of a table.
+        slopes: Whether there is one that is proportional to the distance.
         needs_grad: Whether a gradient may be asked for.
         lse: Whether the caller wants the log-sum-exp.
     """
@@ -91,6 +92,7 @@ class Call:
     one_row: bool = True
     softcap: bool = False
     table: bool = False
+    slopes: bool = False
     relative: bool = False
     score: bool = False
     bias: bool = False
@@ -135,7 +137,8 @@ class Call:
             band=mask if isinstance(mask, Band) else None,
             one_row=one_row,
             softcap=options.softcap is not None,
-            table=options.table is not None or options.slopes is not None,
+            table=options.table is not None,
+            slopes=options.slopes is not None,
             relative=any(x is not None for x in relative),
             score=options.score is not None,
             bias=bias is not None,
@@ -215,7 +218,7 @@ def _sdpa_mask(call: Call) -> bool:
         start, stop = key_range(call.band, call.n_keys)
         return start < stop
     square_causal = call.band == Band(right=0) and call.n_queries == call.n_keys
-    return call.band == Band() or (square_causal and not (call.bias or call.table))
+    return call.band == Band() or (square_causal and not (call.bias or call.table or call.slopes))
 
 
 def _sdpa_bias(call: Call) -> bool:
@@ -276,7 +279,7 @@ HOPPER = Engine(
             lambda c: c.mask is not Boolean,
         ),
         (
-            Reason("HOPPER_BIAS", "the Hopper kernels add no biases"),
+            Reason("HOPPER_BIAS", "the Hopper kernels add no biases but slopes"),
             lambda c: not (c.bias or c.table or c.relative),
         ),
         (
@@ -365,7 +368,7 @@ SDPA = Engine(
         ),
         (
             Reason("SDPA_TABLE", "PyTorch's attention would expand the table to N x M"),
-            lambda c: not c.table or c.n_queries == 1 or _small(c, SMALL_BIAS),
+            lambda c: not (c.table or c.slopes) or c.n_queries == 1 or _small(c, SMALL_BIAS),
         ),
         (
             Reason("SDPA_MASK", "PyTorch's attention would expand the mask to N x M"),

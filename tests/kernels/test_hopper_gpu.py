@@ -215,11 +215,36 @@ def test_what_is_not_a_number_stays_in_its_row(case, d):
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "causal keys", "intervals"])
-@pytest.mark.parametrize("terms", [("softcap",), ("sinks",), ("softcap", "sinks")], ids=str)
+@pytest.mark.parametrize(
+    "terms",
+    [("softcap",), ("sinks",), ("slopes",), ("softcap", "sinks"), ("softcap", "slopes")],
+    ids=str,
+)
 @pytest.mark.parametrize("d", SIZES)
 def test_every_term(case, compare, mask, terms, d):
-    kernels = [FORWARD] if "softcap" in terms else SIZES[d]
+    kernels = SIZES[d] if terms == ("sinks",) else [FORWARD]
     compare(case(mask, terms=terms, d=d), kernels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", ["full", "causal", "causal window", "causal keys"])
+@pytest.mark.parametrize("d", SIZES)
+def test_slopes_that_are_given(
+    case, pytorch, assert_as_exact_as_pytorch, launched, poisoned_memory, mask, dtype, d
+):
+    """As ALiBi's are; those that are learnt have the portable kernels' gradient."""
+
+    def answer(one, attend):
+        given = replace(one.options, slopes=one.options.slopes.detach())
+        out, _ = attend(one.q, one.k, one.v, given)
+        return out, *torch.autograd.grad(out, (one.q, one.k, one.v), one.dout)
+
+    one = case(mask, terms=("slopes",), dtype=dtype, n=500, m=500, d=d)
+    true = answer(one.to(torch.float64), reference.attention)
+    theirs, ours = answer(one, pytorch), answer(one, attend)
+    assert launched == SIZES[d]
+    for name, *found in zip(("out", "dq", "dk", "dv"), ours, theirs, true, strict=True):
+        assert_as_exact_as_pytorch(*found, name)
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "causal keys"])

@@ -187,8 +187,7 @@ def consume_step(
     column = gl.expand_dims(j, 1)
     t = st
     if not C.PLAIN:
-        inside = gl.minimum(column, n_keys - 1)
-        st, t = scores.scores(st, row, inside, 0, 0, head, None, score, sources, C, ADDS)
+        st, t = scores.scores(st, row, column, 0, 0, head, None, score, sources, C, ADDS)
     pt = gl.exp2(st * to_log2 - gl.expand_dims(lse.index(slot).load(gl.SliceLayout(0, S)), 0))
     if always | (at < edges):
         lo, hi = ROWS(mask, batch, gl.minimum(i, n_queries - 1), n_queries, n_keys)
@@ -206,8 +205,7 @@ def consume_step(
     dpt = warpgroup_mma_wait(1, deps=(dp_started,))  # [R, BM]
     dst = pt * (dpt - gl.expand_dims(delta.index(slot).load(gl.SliceLayout(0, S)), 0))
     if not C.PLAIN:
-        inside = gl.minimum(column, n_keys - 1)
-        dst = scores.product_gradient(dst, t, row, inside, head, score, sources, C, ADDS)
+        dst = scores.product_gradient(dst, t, row, column, head, score, sources, C, ADDS)
     dss.index(x % 2 * CONSUMERS + consumer).store(dst.to(dtype))
     dk_started = warpgroup_mma(operand(dst, dtype, C.D), q, dk, is_async=True)
     fence_async_shared()
@@ -371,8 +369,9 @@ def backward(
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names, those of q, k and v laid out as these.
 
-    What these kernels do not compute the portable ones do: other head sizes, capped scores, some of
-    the gradients alone; and all of them where PyTorch is asked for deterministic algorithms.
+    What these kernels do not compute the portable ones do: other head sizes, capped scores, the
+    gradient of slopes, some of the gradients alone; and all of them where PyTorch is asked for
+    deterministic algorithms.
     """
     q, k, v, out, dout = (launching.readable(t) for t in (q, k, v, out, dout))
     grads = {name: torch.empty_like(t) for name, t in (("q", q), ("k", k), ("v", v))}
@@ -383,6 +382,7 @@ def backward(
         and {"q", "k", "v"} <= needs
         and call.unit > 1
         and options.softcap is None
+        and "slopes" not in needs
         and not torch.are_deterministic_algorithms_enabled()
     )
     if not served:

@@ -95,8 +95,7 @@ def scored(
     j = gl.expand_dims(n + gl.arange(0, C.BN, gl.SliceLayout(0, s.type.layout)), 0)
     row = gl.expand_dims(i, 1)
     if not C.PLAIN:
-        inside = gl.minimum(j, n_keys - 1)
-        s, _ = scores.scores(s, row, inside, 0, n, head, None, score, sources, C, ADDS)
+        s, _ = scores.scores(s, row, j, 0, n, head, None, score, sources, C, ADDS)
     if masked:
         low = gl.expand_dims(lo, 1)
         seen = SEEN(low, gl.expand_dims(hi, 1), row, j, mask, batch, head, n_queries, n_keys, RUNS)
