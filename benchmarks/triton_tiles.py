@@ -20,7 +20,7 @@ from triton.testing import do_bench
 from flashpatch_kernels import tuning
 from flashpatch_kernels.masks import Band
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import backward, forward, launching
+from flashpatch_kernels.triton import backward, forward, launching, plans
 from flashpatch_kernels.tuning import Pass, Tile
 
 # Floating-point operations of a pass, in products of N x M x D.
@@ -109,6 +109,7 @@ def launches_of(
     with (
         mock.patch.object(tuning, "tile", chosen),
         mock.patch.object(launching, "passes", launching.Passes),
+        mock.patch.object(plans, "shared", lambda *_: plans.Plan(kept=False)),
         mock.patch.object(launching, "launch", keep),
     ):
         out, lse = forward(q, k, v, options)

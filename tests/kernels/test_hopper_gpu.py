@@ -80,16 +80,27 @@ def launched(monkeypatch):
     from flashpatch_kernels.hopper.backward_pass import backward_kernel
     from flashpatch_kernels.hopper.forward_pass import forward_kernel
     from flashpatch_kernels.triton import launching
+    from flashpatch_kernels.triton.plans import Plan
 
     names = []
-    launch = launching.launch
+    launch, again = launching.launch, Plan.again
 
-    def spy(kernel, *arguments):
+    def note(kernel):
         if kernel is forward_kernel or kernel is backward_kernel:
             names.append(kernel.__name__)
+
+    def spy_launch(kernel, *arguments):
+        note(kernel)
         return launch(kernel, *arguments)
 
-    monkeypatch.setattr(launching, "launch", spy)
+    def spy_again(plan, *tensors):
+        compiled = again(plan, *tensors)
+        if compiled is not None:
+            note(compiled.src.fn)
+        return compiled
+
+    monkeypatch.setattr(launching, "launch", spy_launch)
+    monkeypatch.setattr(Plan, "again", spy_again)
     return names
 
 
@@ -245,6 +256,29 @@ def test_slopes_that_are_given(
     assert launched == SIZES[d]
     for name, *found in zip(("out", "dq", "dk", "dv"), ours, theirs, true, strict=True):
         assert_as_exact_as_pytorch(*found, name)
+
+
+@pytest.mark.parametrize("terms", [(), ("sinks",)], ids=str)
+@pytest.mark.parametrize("stream", [False, True])
+def test_alike_calls_after_each_other(case, compare, monkeypatch, terms, stream):
+    """The second and third are launched with what the first left, on whichever stream."""
+    from flashpatch_kernels.triton import launching, plans
+
+    plans.shared.cache_clear()
+    one = case("causal", terms=terms)
+    compare(one)
+    monkeypatch.setattr(launching, "launch", None)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream() if stream else torch.cuda.current_stream()):
+        for factor in (0.5, -2.0):
+            q, k, v = (spread(x.detach() * factor) for x in (one.q, one.k, one.v))
+            sinks = None if one.options.sinks is None else one.options.sinks.detach() * factor
+            options = replace(one.options, sinks=sinks)
+            found = attend(q, k, v, options)
+            exact = reference.attention(*(x.double() for x in (q, k, v)), options)
+            for ours, true in zip(found, exact, strict=True):
+                assert (ours - true).norm() < 1e-2 * true.norm()
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "causal keys"])

@@ -14,7 +14,6 @@ BM = CONSUMERS * R queries of one head and reads BN keys at a time. All in base 
 Source: Shah et al., FlashAttention-3 (2024), sections 3.1 and 3.2.
 """
 
-import torch
 from torch import Tensor
 
 from flashpatch_kernels import triton as portable
@@ -39,7 +38,7 @@ from flashpatch_kernels.hopper.scheduling import (
     turns,
 )
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import launching, scores, terms, tile_lists
+from flashpatch_kernels.triton import launching, plans, scores, terms, tile_lists
 from flashpatch_kernels.triton.tiles import LOG2E, LOWEST
 
 LN2 = gl.constexpr(0.6931471805599453)
@@ -268,19 +267,20 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     Returns:
         Output (B, H, N, Dv), laid out as (B, N, H, Dv), and lse, fp32 (B, H, N).
     """
-    q, k, v = (launching.readable(t) for t in (q, k, v))
-    n_batch, n_heads, n_queries, _ = q.shape
-    n_keys, dv = v.shape[2:]
-    out = q.new_empty(n_batch, n_queries, n_heads, dv).transpose(1, 2)
-    lse = q.new_empty(n_batch, n_heads, n_queries, dtype=torch.float32)
-    call = launching.Setup.of(q, k, v, (out,), options)
-    if call.unit == 1:  # an address that no stride told of
-        return portable.forward(q, k, v, options)
-    tile, fixed = crews.tuned(call, "forward")
-    n_tiles = launching.cdiv(n_queries, tile.BM)
+    q, k, v = launching.readable(q), launching.readable(k), launching.readable(v)
+    out, lse = launching.outputs(q, v)
+    plan = plans.plan_of(forward_kernel, (q, k, v), options)
     with launching.on(q.device):
+        if plan.again(q, k, v, out, lse, options.sinks) is not None:
+            return out, lse
+        call = launching.Setup.of(q, k, v, (out,), options)
+        if call.unit == 1:  # an address that no stride told of
+            return portable.forward(q, k, v, options)
+        tile, fixed = crews.tuned(call, "forward")
+        n_batch, n_heads, _, n_queries, n_keys = call.sizes
+        n_tiles = launching.cdiv(n_queries, tile.BM)
         added = terms.terms_of(call, both=False)
-        launching.launch(
+        plan.launch(
             forward_kernel,
             crews.programs(call, "forward", n_tiles * n_batch * n_heads),
             tile,

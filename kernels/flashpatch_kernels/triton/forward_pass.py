@@ -13,7 +13,6 @@ BM queries of one head and reads BN keys at a time.
 Source: Dao, FlashAttention-2 (2023), Algorithm 1.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +21,7 @@ from flashpatch_kernels.options import Options
 from flashpatch_kernels.triton import (
     dropout,
     launching,
+    plans,
     relative,
     scores,
     table,
@@ -159,28 +159,29 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     Returns:
         Output (B, H, N, Dv), laid out as (B, N, H, Dv), and lse, fp32 (B, H, N).
     """
-    n_batch, n_heads, n_queries, _ = q.shape
-    kv_heads, n_keys, dv = v.shape[1:]
-    out = q.new_empty(n_batch, n_queries, n_heads, dv).transpose(1, 2)
-    lse = q.new_empty(n_batch, n_heads, n_queries, dtype=torch.float32)
+    q, k, v = launching.readable(q), launching.readable(k), launching.readable(v)
+    out, lse = launching.outputs(q, v)
     if lse.numel() == 0:
         return out, lse
-    if n_keys == 0:
+    if k.shape[2] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    q, k, v = (launching.readable(t) for t in (q, k, v))
-    call = launching.Setup.of(q, k, v, (out,), options)
-    tile, fixed = call.tuned("forward")
-    n_tiles = launching.cdiv(n_queries, tile.BM)
+    plan = plans.plan_of(forward_kernel, (q, k, v), options)
     with launching.on(q.device):
+        if plan.again(q, k, v, out, lse, options.sinks) is not None:
+            return out, lse
+        call = launching.Setup.of(q, k, v, (out,), options)
+        tile, fixed = call.tuned("forward")
+        n_batch, n_heads, group, n_queries, n_keys = call.sizes
+        n_tiles = launching.cdiv(n_queries, tile.BM)
         added = terms.terms_of(call, both=False)
-        launching.launch(
+        plan.launch(
             forward_kernel,
             n_tiles * n_batch * n_heads,
             tile,
             *(q, k, v, out, lse),
             *call.strides(q, k, v, out),
             *call.sizes,
-            call.wave(n_tiles, n_keys, n_heads // kv_heads),
+            call.wave(n_tiles, n_keys, group),
             call.to_log2,
             *call.mask.arguments(tile_lists.key_lists(call.mask, tile, n_queries, n_keys)),
             *(*call.cap, options.sinks, added.straight.pointers, *added.numbers, *call.drop),
