@@ -109,7 +109,7 @@ def launches_of(
     with (
         mock.patch.object(tuning, "tile", chosen),
         mock.patch.object(launching, "passes", launching.Passes),
-        mock.patch.object(plans, "shared", lambda *_: plans.Plan(kept=False)),
+        mock.patch.object(plans, "shared", return_value=plans.Plan(kept=False)),
         mock.patch.object(launching, "launch", keep),
     ):
         out, lse = forward(q, k, v, options)

@@ -42,8 +42,8 @@ CALLS = [
     one("backward", 128, "causal"),
     one("backward", 128, "intervals", "float16", group=4),
     one("backward", 128, "runs"),
-    one("backward", 64, "causal", term="slopes"),
-    one("backward", 128, "runs", term="slopes"),
+    one("backward", 64, "causal", term="slopes", needs=["q", "k", "v"]),
+    one("backward", 128, "runs", term="slopes", needs=["q", "k", "v"]),
 ]
 
 # Local memory that is accepted, in bytes a thread, as the Triton of constraints.txt compiles them.
@@ -52,7 +52,7 @@ LOCAL_BYTES = {
     ("forward", 128, "causal"): 8,
     ("forward", 128, "runs"): 16,
     ("forward", 256, "causal"): 32,
-    ("forward", 256, "runs"): 64,
+    ("forward", 256, "runs", "softcap"): 64,
     ("backward", 64, "band"): 24,
     ("backward", 64, "runs"): 72,
     ("backward", 128, "causal"): 24,
