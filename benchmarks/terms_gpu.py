@@ -29,7 +29,6 @@ from flashpatch_kernels.masks import Band, Boolean, Intervals, Mask, intersect, 
 from flashpatch_kernels.op import run
 from flashpatch_kernels.options import Options
 
-
 # Seconds before each measurement.
 REST = 0.1
 
