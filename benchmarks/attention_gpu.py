@@ -1,9 +1,9 @@
 """Attention on a GPU: every implementation on the same inputs in one run, forward and backward.
 
 Times are medians, each after a rest, so that the card is as cool for the next as for the first: a
-warm one is slower by a tenth, and whoever comes first would look better. The backward is `torch.autograd.grad` through the public function. TFLOP/s use
-the count of the FlashAttention papers: 4 B H N M D forward, half of it if causal, 2.5 times that
-backward.
+warm one is slower by a tenth, and whoever comes first would look better. The backward is
+`torch.autograd.grad` through the public function. TFLOP/s use the count of the FlashAttention
+papers: 4 B H N M D forward, half of it if causal, 2.5 times that backward.
 Run on a GPU: `PYTHONPATH=.:kernels python benchmarks/attention_gpu.py --out results.json`.
 """
 
