@@ -116,6 +116,9 @@ def consume(
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.DV, 16])
     dtype: gl.constexpr = O.dtype.element_ty
     o = matrix(O, o_strides, n_batch, n_heads, n_queries, C.VALUE_SIZE, C.R, C.DV)
+    CONSUMERS: gl.constexpr = C.CONSUMERS
+    # The output is on its way while the next tile begins, where there is another slot for that.
+    LATER: gl.constexpr = C.Q_SLOTS > CONSUMERS
     done = 0
     if C.IN_TURN and consumer == C.CONSUMERS - 1:
         pass_turn(consumer, C.CONSUMERS, done)
@@ -144,6 +147,9 @@ def consume(
         started = start_inner(q, chunks(k, C), C.BN, C)
         if C.IN_TURN:
             pass_turn(consumer, C.CONSUMERS, done)
+        if LATER and turn > 0:
+            store_wait(0)
+            leave(queries, number - CONSUMERS, C.Q_SLOTS)
         s = warpgroup_mma_wait(0, deps=(started,))
         leave(keys, done, C.SLOTS)
         first = edges_first(0, t0, t1, t2, t3)
@@ -175,8 +181,11 @@ def consume(
         fence_async_shared()
         out = queries[0].index(number % C.Q_SLOTS).slice(0, C.DV, 3)
         tma_store(o, [batch, head, start + consumer * C.R, 0], out)
+        if not LATER:
+            store_wait(0)
+            leave(queries, number, C.Q_SLOTS)
+    if LATER:
         store_wait(0)
-        leave(queries, number, C.Q_SLOTS)
 
 
 @jit
