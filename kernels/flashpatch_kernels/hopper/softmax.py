@@ -3,9 +3,9 @@
 Weights are 2^(s - m) with a reference m for each row. Whatever m is, the softmax is the same, as
 long as no weight overflows: m is the maximum of the first tile of keys, and moves only when weights
 have grown far beyond 1. That shows in their sums, which are taken anyway: each of the four lanes
-that share a row sums what it has, and a warp votes whether one of its sums is beyond LIMITS. With a
-maximum of every tile, its exponentials wait for 64 comparisons and two exchanges between lanes, and
-what was accumulated is rescaled every time.
+that share a row sums what it has, and a warp votes whether one of its sums is beyond a limit. With
+a maximum of every tile, its exponentials would wait for a comparison of each score and for two
+exchanges between lanes, and what was accumulated would be rescaled every time: a fifth of the time.
 
 Rows are independent: one whose weights are fine keeps its reference when its neighbour moves.
 
