@@ -39,7 +39,6 @@ from flashpatch_kernels.hopper.scheduling import (
 )
 from flashpatch_kernels.options import Options
 from flashpatch_kernels.triton import launching, plans, scores, terms, tile_lists
-from flashpatch_kernels.triton.tiles import LOG2E, LOWEST
 
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -68,18 +67,6 @@ def produce(given, KEYS: gl.constexpr, RUNS: gl.constexpr, C: gl.constexpr):
             put(keys, done + x, k, batch, head // group, key, C.SLOTS)
             put(values, done + x, v, batch, head // group, key, C.SLOTS)
         done += n
-
-
-@jit
-def softmax_start(sinks, head, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
-    """The running maximum and sum before the first key, see `tiles.softmax_start`."""
-    m = gl.full([ROWS], LOWEST, gl.float32, LAYOUT)
-    l = gl.full([ROWS], 0.0, gl.float32, LAYOUT)
-    if sinks is not None:
-        sink = gl.load(sinks + head).to(gl.float32) * LOG2E
-        m = gl.maximum(m, sink)
-        l = gl.exp2(sink - m)
-    return m, l
 
 
 @jit
@@ -135,7 +122,7 @@ def consume(
         lo, hi = ROWS(mask, batch, inside, n_queries, n_keys)
         of_row = scores.of_row(score, batch)
         sources = scores.opened(of_row, head, start, pointers, OPENS, C.R, C.BN)
-        m, l = softmax_start(sinks, head, C.R, gl.SliceLayout(1, S))
+        m, l = softmax.start(sinks, head, C.R, gl.SliceLayout(1, S))
         acc = gl.full([C.R, C.DV], 0.0, gl.float32, A)
 
         number = turn * C.CONSUMERS + consumer

@@ -20,6 +20,7 @@ from triton import constexpr_function
 from flashpatch_kernels.hopper.gluon import gl, jit
 from flashpatch_kernels.hopper.products import operand
 from flashpatch_kernels.triton import tiles
+from flashpatch_kernels.triton.tiles import LOG2E, LOWEST
 
 
 @constexpr_function
@@ -84,6 +85,18 @@ def rounded(x, dtype: gl.constexpr):
         return gl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=False, pack=2
         )
+
+
+@jit
+def start(sinks, head, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The running maximum and sum before the first key, see `tiles.softmax_start`."""
+    m = gl.full([ROWS], LOWEST, gl.float32, LAYOUT)
+    l = gl.full([ROWS], 0.0, gl.float32, LAYOUT)
+    if sinks is not None:
+        sink = gl.load(sinks + head).to(gl.float32) * LOG2E
+        m = gl.maximum(m, sink)
+        l = gl.exp2(sink - m)
+    return m, l
 
 
 @jit
