@@ -198,6 +198,16 @@ def _interpreted(call: Call) -> bool:
     return call.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# How far the kernels of `triton.slopes` count.
+MOST_DISTANT = 1 << 23
+EXACT = f"exactly up to {MOST_DISTANT:,}"
+
+
+def _slopes_exact(call: Call) -> bool:
+    """Whether all distances, where slopes need them, are within what kernels tell exactly."""
+    return not call.slopes or max(call.n_queries, call.n_keys) <= MOST_DISTANT
+
+
 def _small(call: Call, scores: int) -> bool:
     """Whether the matrix of scores of a head is so small that its memory does not matter."""
     return call.device == "cpu" and call.n_queries * call.n_keys <= scores
@@ -283,6 +293,10 @@ HOPPER = Engine(
             lambda c: not (c.bias or c.table or c.relative),
         ),
         (
+            Reason("HOPPER_SLOPES", f"the Hopper kernels tell distances of slopes {EXACT}"),
+            _slopes_exact,
+        ),
+        (
             Reason("HOPPER_SOFTCAP", "the Hopper kernels cap no scores of heads of up to 64"),
             lambda c: not c.softcap or c.head_size > 64,
         ),
@@ -322,6 +336,10 @@ TRITON = Engine(
         (
             Reason("TRITON_HEAD_SIZE", "the Triton kernels take head sizes up to 512"),
             lambda c: max(c.head_size, c.value_size) <= 512,
+        ),
+        (
+            Reason("TRITON_SLOPES", f"the Triton kernels tell distances of slopes {EXACT}"),
+            _slopes_exact,
         ),
     ),
     preferences=(
