@@ -1,31 +1,26 @@
 """Attention on a GPU: every implementation on the same inputs in one run, forward and backward.
 
-Times are medians, each after a rest, so that the card is as cool for the next as for the first: a
-warm one is slower by a tenth, and whoever comes first would look better. The backward is
-`torch.autograd.grad` through the public function. TFLOP/s use the count of the FlashAttention
-papers: 4 B H N M D forward, half of it if causal, 2.5 times that backward.
+Times are medians on a rested card; the backward is `torch.autograd.grad` through the public
+function. TFLOP/s use the count of the FlashAttention papers: 4 B H N M D forward, half of it if
+causal, 2.5 times that backward.
 Run on a GPU: `PYTHONPATH=.:kernels python benchmarks/attention_gpu.py --out results.json`.
 """
 
 import argparse
 import json
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from timing import median_ms
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from triton.testing import do_bench
 
 from flashpatch_kernels import attention
-
-# Seconds before each measurement.
-REST = 0.1
 
 Attend = Callable[[Tensor, Tensor, Tensor, bool], Any]
 
@@ -92,16 +87,12 @@ def measure(
     q, k, v = (t.requires_grad_() for t in (q, k, v))
     operations = 4 * batch * heads * n * n * d / (2 if causal else 1)
 
-    def median_ms(function: Callable[[], Any]) -> Any:
-        function()  # may compile
-        torch.cuda.synchronize()
-        time.sleep(REST)
-        return do_bench(function, warmup=15, rep=rep, return_mode="median")
-
     with torch.no_grad():
-        forward_ms = median_ms(lambda: attend(q, k, v, causal))
+        forward_ms = median_ms(lambda: attend(q, k, v, causal), rep)
     out = attend(q, k, v, causal)
-    backward_ms = median_ms(lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True))
+    backward_ms = median_ms(
+        lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), rep
+    )
     return {
         "forward_ms": round(forward_ms, 4),
         "backward_ms": round(backward_ms, 4),

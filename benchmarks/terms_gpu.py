@@ -8,15 +8,13 @@
   PyTorch's attention with a boolean mask. Texts are padded on the right, but where it is said.
 * `hopper`: what the Hopper engine's own terms cost, tokens as in `terms`.
 
-Times are medians of forward alone, and of forward and backward together, each after a rest, as in
-`attention_gpu`.
+Times are medians on a rested card, of forward alone, and of forward and backward together.
 Run on a GPU: `PYTHONPATH=.:kernels python benchmarks/terms_gpu.py --out results.json`; `--dry` runs
 every case once, in small, without a GPU.
 """
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +26,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from flashpatch_kernels.masks import Band, Boolean, Intervals, Mask, intersect, key_mask
 from flashpatch_kernels.op import run
 from flashpatch_kernels.options import Options
-
-# Seconds before each measurement.
-REST = 0.1
 
 
 class Machine(NamedTuple):
@@ -233,15 +228,11 @@ def timed(case: Case, on: Machine, rep: int) -> dict[str, float]:
     if on.device == "cpu":
         both()
         return {"forward_ms": 0.0, "both_ms": 0.0}
-    from triton.testing import do_bench
+    from timing import median_ms
 
-    both()  # may compile
-    torch.cuda.synchronize()
-    time.sleep(REST)
     with torch.no_grad():
-        forward: Any = do_bench(case.forward, warmup=15, rep=rep, return_mode="median")
-    time.sleep(REST)
-    whole: Any = do_bench(both, warmup=15, rep=rep, return_mode="median")
+        forward = median_ms(case.forward, rep)
+    whole = median_ms(both, rep)
     return {"forward_ms": round(forward, 4), "both_ms": round(whole, 4)}
 
 
