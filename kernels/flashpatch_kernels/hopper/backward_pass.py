@@ -186,7 +186,7 @@ def consume_step(
     row = gl.expand_dims(gl.minimum(i, n_queries - 1), 0)
     column = gl.expand_dims(j, 1)
     t = st
-    if not C.PLAIN:
+    if not C.PLAIN:  # no term of these kernels reads by j, which may be beyond the last key
         st, t = scores.scores(st, row, column, 0, 0, head, None, score, sources, C, ADDS)
     pt = gl.exp2(st * to_log2 - gl.expand_dims(lse.index(slot).load(gl.SliceLayout(0, S)), 0))
     if always | (at < edges):

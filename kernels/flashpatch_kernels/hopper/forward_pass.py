@@ -80,7 +80,7 @@ def scored(
     n = tile * C.BN
     j = gl.expand_dims(n + gl.arange(0, C.BN, gl.SliceLayout(0, s.type.layout)), 0)
     row = gl.expand_dims(i, 1)
-    if not C.PLAIN:
+    if not C.PLAIN:  # no term of these kernels reads by j, which may be beyond the last key
         s, _ = scores.scores(s, row, j, 0, n, head, None, score, sources, C, ADDS)
     if masked:
         low = gl.expand_dims(lo, 1)
@@ -107,8 +107,8 @@ def consume(
     # The output is on its way while the next tile begins, where there is another slot for that.
     LATER: gl.constexpr = C.Q_SLOTS > CONSUMERS
     done = 0
-    if C.IN_TURN and consumer == C.CONSUMERS - 1:
-        pass_turn(consumer, C.CONSUMERS, done)
+    if C.IN_TURN and consumer == CONSUMERS - 1:
+        pass_turn(consumer, CONSUMERS, done)
     for turn in range(turns(n_tiles, n_batch * n_heads, C.PAIRED)):
         tile, bh = place(turn, n_tiles, n_batch * n_heads, C.PAIRED)
         batch = bh // n_heads
@@ -125,7 +125,7 @@ def consume(
         m, l = softmax.start(sinks, head, C.R, gl.SliceLayout(1, S))
         acc = gl.full([C.R, C.DV], 0.0, gl.float32, A)
 
-        number = turn * C.CONSUMERS + consumer
+        number = turn * CONSUMERS + consumer
         own = take(queries, number, C.Q_SLOTS)
         q = chunks(own, C)
         k = take(keys, done, C.SLOTS)
@@ -133,7 +133,7 @@ def consume(
             await_turn(consumer, done)
         started = start_inner(q, chunks(k, C), C.BN, C)
         if C.IN_TURN:
-            pass_turn(consumer, C.CONSUMERS, done)
+            pass_turn(consumer, CONSUMERS, done)
         if LATER and turn > 0:
             store_wait(0)
             leave(queries, number - CONSUMERS, C.Q_SLOTS)

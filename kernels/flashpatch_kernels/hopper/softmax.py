@@ -107,9 +107,8 @@ def first_step(s, m, l, to_log2, dtype: gl.constexpr, DV: gl.constexpr):
         p [R, BN] as an operand, the reference m [R], the sums l [R, 4] of the four lanes.
     """
     p, m, l, _alpha = tiles.softmax_step(s, m, l, to_log2)
-    # All of the sum in each lane's part, a quarter of it.
-    lanes = lane_sums(gl.full(s.shape, 0.25, gl.float32, s.type.layout)) * (4 / s.shape[1])
-    return operand(p, dtype, DV), m, lanes * like_rows(l, lanes)
+    quarters = lane_sums(gl.full(s.shape, 1 / s.shape[1], gl.float32, s.type.layout))
+    return operand(p, dtype, DV), m, quarters * like_rows(l, quarters)
 
 
 @jit
