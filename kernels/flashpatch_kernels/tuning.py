@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Pass = Literal["forward", "stats", "dkdv", "dk", "dv", "dq", "sums"]
+Pass = Literal["forward", "stats", "dqdkdv", "dkdv", "dk", "dv", "dq", "sums"]
 
 
 class Tile(NamedTuple):
@@ -37,42 +37,46 @@ class Crew(NamedTuple):
 
     Attributes:
         consumers: Warpgroups that compute; one more reads.
-        rows: Queries of each, or keys in the backward pass.
-        others: Keys, or queries in the backward pass, at a time.
+        own: Queries of a program, or keys in the passes for these.
+        others: Keys, or queries, at a time.
         slots: Tiles of those in flight.
-        own_slots: Tiles of `rows` in flight.
+        own_slots: How many parts of `own` are in flight, of which each consumer has one.
         registers: Of a thread that computes.
         in_turn: Whether consumers take turns at the tensor cores.
     """
 
     consumers: int
-    rows: int
+    own: int
     others: int
     slots: int
     own_slots: int
     registers: int
     in_turn: bool = False
 
-    @property
-    def own(self) -> int:
-        """Queries, or keys in the backward pass, of a program."""
-        return self.consumers * self.rows
-
     def tile(self, name: "Pass") -> Tile:
         """BM and BN of a pass, the producer's warps, and that descriptors are made."""
-        sizes = (self.own, self.others) if name == "forward" else (self.others, self.own)
+        own, others = self.own, self.others
+        sizes = (own, others) if name in ("forward", "dq") else (others, own)
         return Tile(*sizes, 4, 1, tma=True)
 
 
 # (pass, widths of the tiles of q and k and of v) -> crew.
 CREWS: dict[tuple[Pass, int, int], Crew] = {
-    ("forward", 64, 64): Crew(3, 64, 64, 6, 6, 160, in_turn=True),
-    ("forward", 128, 64): Crew(2, 64, 128, 2, 4, 240, in_turn=True),
-    ("forward", 128, 128): Crew(2, 64, 128, 2, 4, 240, in_turn=True),
-    ("forward", 256, 128): Crew(2, 64, 64, 3, 2, 240, in_turn=True),
-    ("forward", 256, 256): Crew(2, 64, 64, 2, 2, 240, in_turn=True),
-    ("dkdv", 64, 64): Crew(2, 64, 128, 2, 2, 240),
-    ("dkdv", 128, 128): Crew(2, 64, 64, 2, 2, 240),
+    ("forward", 64, 64): Crew(3, 192, 64, 6, 6, 160, in_turn=True),
+    ("forward", 128, 64): Crew(2, 128, 128, 2, 4, 240, in_turn=True),
+    ("forward", 128, 128): Crew(2, 128, 128, 2, 4, 240, in_turn=True),
+    ("forward", 256, 128): Crew(2, 128, 64, 3, 2, 240, in_turn=True),
+    ("forward", 256, 256): Crew(2, 128, 64, 2, 2, 240, in_turn=True),
+    ("dqdkdv", 64, 64): Crew(2, 128, 128, 2, 1, 240),
+    ("dqdkdv", 128, 128): Crew(2, 128, 64, 2, 1, 240),
+    ("dkdv", 64, 64): Crew(2, 128, 128, 3, 1, 240),
+    ("dkdv", 128, 128): Crew(2, 128, 64, 3, 1, 240),
+    ("dkdv", 256, 128): Crew(2, 64, 64, 2, 1, 240),
+    ("dkdv", 256, 256): Crew(2, 64, 64, 2, 1, 240),
+    ("dq", 64, 64): Crew(2, 128, 128, 2, 2, 240),
+    ("dq", 128, 128): Crew(2, 128, 128, 2, 2, 240),
+    ("dq", 256, 128): Crew(2, 128, 64, 2, 2, 240),
+    ("dq", 256, 256): Crew(2, 128, 64, 2, 2, 240),
 }
 
 

@@ -15,9 +15,12 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
 DTYPES = [torch.float16, torch.bfloat16]
-FORWARD, BACKWARD = "forward_kernel", "backward_kernel"
-# Head sizes, and which of the engine's own kernels serve them; the portable ones do the rest.
-SIZES = {64: [FORWARD, BACKWARD], 128: [FORWARD, BACKWARD], 256: [FORWARD]}
+FORWARD, JOINT, KEYS, QUERIES = "forward_kernel", "joint_kernel", "key_kernel", "query_kernel"
+# Which of the engine's own kernels give all gradients; where there are none, portable ones do.
+TOGETHER, APART = [FORWARD, JOINT], [FORWARD, KEYS, QUERIES]
+# Head sizes, what serves them, and what does with gradients that are the same every time.
+SIZES = {64: TOGETHER, 128: TOGETHER, 256: APART}
+DETERMINISTIC = {64: [*TOGETHER, QUERIES], 128: [*TOGETHER, QUERIES], 256: APART}
 
 
 @pytest.fixture(autouse=True)
@@ -74,11 +77,16 @@ def many(one, batch, heads, kv_heads):
     return replace(one, **inputs, dout=random(heads, n), dlse=dlse)
 
 
+def own_kernels():
+    from flashpatch_kernels.hopper import backward_pass, forward_pass
+
+    apart = backward_pass.key_kernel, backward_pass.query_kernel
+    return forward_pass.forward_kernel, backward_pass.joint_kernel, *apart
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the engine's own kernels that ran, in order."""
-    from flashpatch_kernels.hopper.backward_pass import backward_kernel
-    from flashpatch_kernels.hopper.forward_pass import forward_kernel
     from flashpatch_kernels.triton import launching
     from flashpatch_kernels.triton.plans import Plan
 
@@ -86,7 +94,7 @@ def launched(monkeypatch):
     launch, again = launching.launch, Plan.again
 
     def note(kernel):
-        if kernel is forward_kernel or kernel is backward_kernel:
+        if kernel in own_kernels():
             names.append(kernel.__name__)
 
     def spy_launch(kernel, *arguments):
@@ -108,7 +116,7 @@ def launched(monkeypatch):
 def compare(check, launched, poisoned_memory):
     """Judges all that a call and its gradient give, and that these kernels gave it."""
 
-    def compare(one, kernels=(FORWARD, BACKWARD)):
+    def compare(one, kernels=TOGETHER):
         launched.clear()
         check(one, attend)
         assert launched == list(kernels)
@@ -132,7 +140,7 @@ def test_many_tiles_of_every_mask(case, compare, range_mask_name, length, d):
 @pytest.mark.parametrize("mask", ["causal", "causal keys"])
 @pytest.mark.parametrize("d", [40, 48, 56, 72, 80, 88, 96, 104, 112, 120, 136, 160, 192, 224])
 def test_head_sizes_between_the_widths_of_tiles(case, compare, mask, d):
-    compare(case(mask, d=d), [FORWARD, BACKWARD] if d <= 128 else [FORWARD])
+    compare(case(mask, d=d), TOGETHER if d <= 128 else APART)
 
 
 @pytest.mark.parametrize("mask", ["causal", "causal keys"])
@@ -140,7 +148,7 @@ def test_head_sizes_between_the_widths_of_tiles(case, compare, mask, d):
 def test_values_may_have_another_head_size(case, compare, mask, sizes):
     """As those of multi-head latent attention."""
     d, dv = sizes
-    compare(case(mask, d=d, dv=dv), [FORWARD])
+    compare(case(mask, d=d, dv=dv), APART if d > 128 else [FORWARD])
 
 
 @pytest.mark.parametrize(
@@ -191,7 +199,7 @@ def test_scores_that_outgrow_the_first_tile(case, compare, mask, growth, dtype, 
     one = case(mask, n=1000, m=1000, d=d, dtype=dtype)
     by = GROWTHS[growth](torch.arange(1000, device=DEVICE)).to(dtype)[:, None]
     k = spread((one.k.detach() * by).requires_grad_())
-    compare(replace(one, k=k), SIZES.get(d, [FORWARD, BACKWARD]))
+    compare(replace(one, k=k), SIZES.get(d, TOGETHER))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -233,7 +241,9 @@ def test_what_is_not_a_number_stays_in_its_row(case, d):
 )
 @pytest.mark.parametrize("d", SIZES)
 def test_every_term(case, compare, mask, terms, d):
-    kernels = SIZES[d] if terms == ("sinks",) else [FORWARD]
+    """The gradient of slopes that are learnt is the portable kernels'."""
+    capped = [FORWARD] if d == 64 else APART
+    kernels = [FORWARD] if "slopes" in terms else capped if "softcap" in terms else SIZES[d]
     compare(case(mask, terms=terms, d=d), kernels)
 
 
@@ -282,12 +292,12 @@ def test_alike_calls_after_each_other(case, compare, monkeypatch, terms, stream)
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "causal keys"])
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", SIZES)
 def test_programs_that_take_many_turns(case, compare, mask, d):
     """16 heads of 4 rows of the batch have more tiles than a card runs programs."""
     padded = case(mask, n=1500, m=1500, d=d)
     batch = 2 if mask == "causal keys" else 4
-    compare(many(padded, batch, 32 // batch * 2, 8))
+    compare(many(padded, batch, 32 // batch * 2, 8), SIZES[d])
 
 
 @pytest.mark.parametrize("n", [129, 257, 385, 513, 641, 900])
@@ -311,11 +321,11 @@ def test_rows_that_start_anywhere_in_memory(case, compare, names):
 
 
 DOUTS = {
-    "spread out": (lambda x: x, [FORWARD, BACKWARD]),
-    "one number": (lambda x: x.new_ones(()).expand(x.shape), [FORWARD, BACKWARD]),
-    "one head": (lambda x: x[:1, :1].expand(x.shape), [FORWARD, BACKWARD]),
-    "heads first": (lambda x: x.contiguous(), [FORWARD, BACKWARD]),
-    "columns first": (lambda x: x.mT.contiguous().mT, [FORWARD, BACKWARD]),
+    "spread out": (lambda x: x, TOGETHER),
+    "one number": (lambda x: x.new_ones(()).expand(x.shape), TOGETHER),
+    "one head": (lambda x: x[:1, :1].expand(x.shape), TOGETHER),
+    "heads first": (lambda x: x.contiguous(), TOGETHER),
+    "columns first": (lambda x: x.mT.contiguous().mT, TOGETHER),
     "anywhere": (shifted, [FORWARD]),
 }
 
@@ -338,19 +348,24 @@ def test_a_gradient_of_any_layout(
         assert_as_exact_as_pytorch(*found, f"d{name}")
 
 
-@pytest.mark.parametrize("names", ["q", "k", "v", "qk", "kv"])
+@pytest.mark.parametrize(
+    ("names", "kernels"),
+    [("q", [QUERIES]), ("k", [JOINT]), ("v", [JOINT]), ("qk", [JOINT]), ("kv", [JOINT])],
+    ids=str,
+)
+@pytest.mark.parametrize("d", [64, 128])
 def test_some_of_the_gradients_alone(
-    case, pytorch, assert_as_exact_as_pytorch, launched, poisoned_memory, names
+    case, pytorch, assert_as_exact_as_pytorch, launched, poisoned_memory, names, kernels, d
 ):
     def gradients(one, attend):
         inputs = {x: getattr(one, x).detach().requires_grad_(x in names) for x in "qkv"}
         out, _ = attend(*inputs.values(), one.options)
         return torch.autograd.grad(out, [inputs[x] for x in names], one.dout)
 
-    one = case("causal keys")
+    one = case("causal keys", d=d)
     true = gradients(one.to(torch.float64), reference.attention)
     theirs, ours = gradients(one, pytorch), gradients(one, attend)
-    assert launched == [FORWARD]
+    assert launched == [FORWARD, *kernels]
     for name, *found in zip(names, ours, theirs, true, strict=True):
         assert_as_exact_as_pytorch(*found, f"d{name}")
 
@@ -373,20 +388,27 @@ def test_200_repeats_give_the_same_bits_but_of_dq(case, launched, mask, d):
         again = one.answer(attend)
         assert all(torch.equal(again[name], x) for name, x in first.items() if name != "q")
         assert (again["q"].double() - first["q"]).norm() <= eps * size
-    assert launched == [FORWARD, BACKWARD] * 201
+    assert launched == TOGETHER * 201
 
 
 @pytest.mark.parametrize("mask", ["causal", "causal keys"])
-@pytest.mark.parametrize("d", [64, 128])
-def test_deterministic_algorithms_give_the_same_bits_of_dq_too(
+@pytest.mark.parametrize("d", SIZES)
+def test_200_repeats_of_deterministic_algorithms_give_the_same_bits(
     case, launched, deterministic, mask, d
 ):
     one = case(mask, n=777, m=777, d=d)
     first = one.answer(attend)
-    for _ in range(20):
+    for _ in range(200):
         again = one.answer(attend)
         assert all(torch.equal(again[name], x) for name, x in first.items())
-    assert launched == [FORWARD] * 21
+    assert launched == DETERMINISTIC[d] * 201
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "causal keys"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [64, 128, 96])
+def test_deterministic_algorithms_are_as_exact(case, compare, deterministic, mask, dtype, d):
+    compare(case(mask, n=900, m=1001, d=d, dtype=dtype), DETERMINISTIC[128])
 
 
 def test_deterministic_algorithms_give_the_same_gradients(case, assert_as_exact_as_pytorch):
@@ -435,23 +457,21 @@ def test_a_second_derivative_is_refused(case):
 
 
 @pytest.mark.parametrize("mask", ["causal", "causal window", "causal keys"])
-def test_one_compilation_serves_every_length(case, mask):
-    from flashpatch_kernels.hopper.backward_pass import backward_kernel
-    from flashpatch_kernels.hopper.forward_pass import forward_kernel
-
+@pytest.mark.parametrize("d", [64, 256])
+def test_one_compilation_serves_every_length(case, mask, d):
     def compiled():
-        caches = (c for x in (forward_kernel, backward_kernel) for c in x.device_caches.values())
+        caches = (c for x in own_kernels() for c in x.device_caches.values())
         return sum(len(cache[0]) for cache in caches)
 
-    case(mask, n=128, m=128).answer(attend)
+    case(mask, n=128, m=128, d=d).answer(attend)
     before = compiled()
     for n in (16, 17, 100, 128, 1000):
-        case(mask, n=n, m=n).answer(attend)
+        case(mask, n=n, m=n, d=d).answer(attend)
     assert compiled() == before
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", SIZES)
 def test_nothing_waits_for_the_gpu(case, range_mask_name, launched, d):
     one = case(range_mask_name, d=d, terms=("sinks",))
     torch.cuda.set_sync_debug_mode("error")
@@ -459,7 +479,7 @@ def test_nothing_waits_for_the_gpu(case, range_mask_name, launched, d):
         attend(one.q, one.k, one.v, one.options)[0].sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert launched == [FORWARD, BACKWARD]
+    assert launched == SIZES[d]
 
 
 def test_the_choice_for_a_cuda_call():
@@ -475,7 +495,7 @@ def test_autocast_runs_it_in_half_precision(launched):
     with torch.autocast(DEVICE, torch.bfloat16):
         out = attention(*inputs, causal=True)
     found = torch.autograd.grad(out.float().square().sum(), inputs)
-    assert launched == [FORWARD, BACKWARD]
+    assert launched == TOGETHER
     assert out.dtype == torch.bfloat16
     expected = attention(*(x.bfloat16() for x in inputs), causal=True)
     assert torch.equal(out, expected)

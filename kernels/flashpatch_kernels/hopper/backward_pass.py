@@ -1,19 +1,11 @@
-"""Backward on Hopper: the gradients of q, k and v by five products, in one kernel.
+"""Backward on Hopper: which kernels give the gradients of a call.
 
-A program owns BN keys, R of each consumer, and reads BM queries at a time. For each tile of queries
-a consumer computes, in the letters of `triton.backward_pass`,
-    S^T = K Q^T     dP^T = V dO^T     P^T, dS^T in registers
-    dV += P^T dO    dK += dS^T Q      dQ = dS K
-where dS goes through shared memory, because dQ sums over the keys of all consumers: each computes
-some of the rows, or of the columns where rows are few, and multiplies them while it computes the
-weights of the next tile. The producer, which reads, also adds dQ to a matrix in float32, by the
-copy engine: in no fixed order, so that its last bits may differ from run to run. dK and dV are the
-same every time.
-
-Letters: B batch, H query heads, N queries, M keys, D head size.
-
-Source: Shah et al., FlashAttention-3 (2024), section 3.1 and appendix B.1.
+One kernel gives those of k and v, and adds up that of q in memory. Additions take as long as
+products where heads are wide, and come in no fixed order: then another kernel gives the gradient of
+q, from products that are computed twice.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,339 +13,13 @@ from torch import Tensor
 from flashpatch_kernels import triton as portable
 from flashpatch_kernels import tuning
 from flashpatch_kernels.hopper import crews
-from flashpatch_kernels.hopper.gluon import (
-    fence_async_shared,
-    gl,
-    jit,
-    kernel,
-    mbarrier,
-    store_wait,
-    tma_add,
-    tma_store,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from flashpatch_kernels.hopper.products import chunks, operand, start_inner
-from flashpatch_kernels.hopper.rings import leave, matrix, put, ring, take
-from flashpatch_kernels.hopper.scheduling import edges_first, meet, place, turns
+from flashpatch_kernels.hopper.joint_gradients import joint_kernel
+from flashpatch_kernels.hopper.key_gradients import key_kernel
+from flashpatch_kernels.hopper.query_gradients import query_kernel
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import launching, scores, terms, tile_lists
+from flashpatch_kernels.triton import launching, terms, tile_lists
 from flashpatch_kernels.triton.stats import Shared, compute_stats
 from flashpatch_kernels.triton.term_gradients import term_gradients
-
-
-@jit
-def put_numbers(ring, numbers, number, at, inside, default: gl.constexpr, C: gl.constexpr):
-    """Writes a number for each of BM queries beside their tile, and arrives at its barrier."""
-    slot = number % C.SLOTS
-    numbers.index(slot).store(gl.load(at, mask=inside, other=default))
-    mbarrier.arrive(ring[1].index(slot), count=1)
-
-
-@jit
-def add_dq(sums, ready, taken, dq, number, batch, head, row, C: gl.constexpr):
-    """Adds all parts of a tile of dQ to the matrix, once they are there."""
-    CONSUMERS: gl.constexpr = C.CONSUMERS
-    ROWS: gl.constexpr = C.PART_ROWS
-    COLUMNS: gl.constexpr = C.PART_COLUMNS
-    mbarrier.wait(ready.index(0), number & 1)
-    for c in gl.static_range(CONSUMERS):
-        at = (row + c * ROWS % C.BM, c * COLUMNS % C.D)
-        tma_add(dq, [batch, head, at[0], at[1]], sums.index(c))
-    store_wait(0)
-    mbarrier.arrive(taken.index(0), count=1)
-
-
-@jit
-def step_place(y, first_head, n, t0, t1, t2, t3, C: gl.constexpr):
-    """Head and first query of the y-th step: n tiles of queries of each head."""
-    return first_head + y // n, edges_first(y % n, t0, t1, t2, t3) * C.BM
-
-
-@jit
-def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
-    """Reads what consumers need for every tile of keys of this program, and writes dQ."""
-    (Q, K, V, DO, STATS, DQ, q_strides, k_strides, v_strides, do_strides, dq_strides, sizes, mask,
-     n_tiles, queries, douts, keys, values, lse, delta, sums, ready, taken) = given  # fmt: skip
-    n_batch, n_heads, group, n_queries, n_keys = sizes
-    kv_heads = n_heads // group
-    CONSUMERS: gl.constexpr = C.CONSUMERS
-    q = matrix(Q, q_strides, n_batch, n_heads, n_queries, C.SIZE, C.BM, C.D)
-    do = matrix(DO, do_strides, n_batch, n_heads, n_queries, C.SIZE, C.BM, C.D)
-    k = matrix(K, k_strides, n_batch, kv_heads, n_keys, C.SIZE, C.R, C.D)
-    v = matrix(V, v_strides, n_batch, kv_heads, n_keys, C.SIZE, C.R, C.D)
-    dq = matrix(DQ, dq_strides, n_batch, n_heads, n_queries, C.SIZE, C.PART_ROWS, C.PART_COLUMNS)
-    n_rows = n_batch.to(gl.int64) * n_heads * n_queries
-    within = gl.arange(0, C.BM, gl.BlockedLayout([1], [32], [4], [0]))
-    done = 0
-    for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
-        tile, bg = place(turn, n_tiles, n_batch * kv_heads, C.PAIRED)
-        batch = bg // kv_heads
-        g = bg % kv_heads
-        start = tile * C.BN
-        for c in gl.static_range(CONSUMERS):
-            put(keys, turn * CONSUMERS + c, k, batch, g, start + c * C.R, CONSUMERS)
-            put(values, turn * CONSUMERS + c, v, batch, g, start + c * C.R, CONSUMERS)
-        t0, t1, t2, t3 = QUERIES(mask, batch, g, start, n_queries, n_keys, C.BM, C.BN)
-        n = gl.maximum(t3 - t0, 1)
-        for y in range(n * group):
-            head, row = step_place(y, g * group, n, t0, t1, t2, t3, C)
-            i = row + within
-            at = STATS + (batch * n_heads + head).to(gl.int64) * n_queries + i
-            put(queries, done + y, q, batch, head, row, C.SLOTS)
-            put_numbers(queries, lse, done + y, at, i < n_queries, float("inf"), C)
-            put(douts, done + y, do, batch, head, row, C.SLOTS)
-            put_numbers(douts, delta, done + y, at + n_rows, i < n_queries, 0.0, C)
-            if y >= C.SLOTS:
-                before = y - C.SLOTS
-                head, row = step_place(before, g * group, n, t0, t1, t2, t3, C)
-                add_dq(sums, ready, taken, dq, done + before, batch, head, row, C)
-        for y in range(gl.maximum(n * group - C.SLOTS, 0), n * group):
-            head, row = step_place(y, g * group, n, t0, t1, t2, t3, C)
-            add_dq(sums, ready, taken, dq, done + y, batch, head, row, C)
-        done += n * group
-
-
-@jit
-def anew(x):
-    """The same number, of which the compiler does not know that it is."""
-    return gl.inline_asm_elementwise(
-        "mov.u32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@jit
-def start_dq(shared, keys, x, consumer: gl.constexpr, C: gl.constexpr):
-    """Issues this consumer's part of dQ = dS K, once all consumers have stored their dS."""
-    CONSUMERS: gl.constexpr = C.CONSUMERS
-    row: gl.constexpr = consumer * C.PART_ROWS % C.BM
-    column: gl.constexpr = consumer * C.PART_COLUMNS % C.D
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.PART_COLUMNS, 16])
-    _, _, dss, stored, _, _, _ = shared
-    mbarrier.wait(stored.index(x % 2), x // 2 & 1)
-    dq = gl.full([C.PART_ROWS, C.PART_COLUMNS], 0.0, gl.float32, layout)
-    for c in gl.static_range(CONSUMERS):
-        k = keys[0].index(anew(c + 0 * x)).reshape([C.R, C.D])
-        ds = dss.index(x % 2 * CONSUMERS + c)  # [R, BM]
-        ds = ds.slice(row, C.PART_ROWS, 1).permute((1, 0))
-        dq = warpgroup_mma(ds, k.slice(column, C.PART_COLUMNS, 1), dq, use_acc=c > 0, is_async=True)
-    return dq
-
-
-@jit
-def hand_over(dq, shared, x, consumer: gl.constexpr, C: gl.constexpr):
-    """Hands this consumer's part of a tile of dQ to the producer."""
-    _, _, _, _, sums, ready, taken = shared
-    mbarrier.wait(taken.index(0), x & 1 ^ 1)
-    sums.index(consumer).reshape([C.PART_ROWS, C.PART_COLUMNS]).store(dq)
-    fence_async_shared()
-    mbarrier.arrive(ready.index(0), count=1)
-
-
-@jit
-def consume_step(
-    dk, dv, rings, shared, x, y, at, place, mask, score, sources, to_log2,
-    consumer: gl.constexpr, ROWS: gl.constexpr, SEEN: gl.constexpr, RUNS: gl.constexpr,
-    ADDS: gl.constexpr, C: gl.constexpr, FIRST: gl.constexpr,
-):  # fmt: skip
-    """Adds what the tile of queries y gives to dk and dv.
-
-    dQ of the tile before is multiplied while the weights of this one are computed.
-    """
-    queries, douts, keys, values = rings
-    lse, delta, dss, stored, _, _, _ = shared
-    # Asked for anew in every step: kept, their addresses would take registers that are needed.
-    mine = anew(consumer + 0 * x)
-    k = keys[0].index(mine).reshape([C.R, C.D])
-    v = values[0].index(mine).reshape([C.R, C.D])
-    sizes, tiles_met, edges, always, j, batch, first_head = place
-    n_queries, n_keys = sizes[3], sizes[4]
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])
-    CONSUMERS: gl.constexpr = C.CONSUMERS
-    dtype: gl.constexpr = k.dtype
-    slot = x % C.SLOTS
-    t0, t1, t2, t3 = tiles_met
-    n = gl.maximum(t3 - t0, 1)
-    head = first_head + y // n
-
-    q = take(queries, x, C.SLOTS)  # [BM, D]
-    s_started = start_inner(chunks(k, C), chunks(q, C), C.BM, C)
-    dq_started = s_started
-    if not FIRST:
-        dq_started = start_dq(shared, keys, x - 1, consumer, C)
-    st = warpgroup_mma_wait(0 if FIRST else CONSUMERS, deps=(s_started,))  # [R, BM]
-    i = edges_first(at, t0, t1, t2, t3) * C.BM + gl.arange(0, C.BM, gl.SliceLayout(0, S))
-    row = gl.expand_dims(gl.minimum(i, n_queries - 1), 0)
-    column = gl.expand_dims(j, 1)
-    t = st
-    if not C.PLAIN:  # no term of these kernels reads by j, which may be beyond the last key
-        st, t = scores.scores(st, row, column, 0, 0, head, None, score, sources, C, ADDS)
-    pt = gl.exp2(st * to_log2 - gl.expand_dims(lse.index(slot).load(gl.SliceLayout(0, S)), 0))
-    if always | (at < edges):
-        lo, hi = ROWS(mask, batch, gl.minimum(i, n_queries - 1), n_queries, n_keys)
-        seen = SEEN(
-            gl.expand_dims(lo, 0), gl.expand_dims(hi, 0), row, column, mask, batch, head,
-            n_queries, n_keys, RUNS,
-        )  # fmt: skip
-        pt = gl.where(seen, pt, 0.0)
-    if not FIRST:
-        dq = warpgroup_mma_wait(0, deps=(dq_started,))
-        hand_over(dq, shared, x - 1, consumer, C)
-    do = take(douts, x, C.SLOTS)  # [BM, D]
-    dp_started = start_inner(chunks(v, C), chunks(do, C), C.BM, C)
-    dv_started = warpgroup_mma(operand(pt, dtype, C.D), do, dv, is_async=True)
-    dpt = warpgroup_mma_wait(1, deps=(dp_started,))  # [R, BM]
-    dst = pt * (dpt - gl.expand_dims(delta.index(slot).load(gl.SliceLayout(0, S)), 0))
-    if not C.PLAIN:
-        dst = scores.product_gradient(dst, t, row, column, head, score, sources, C, ADDS)
-    dss.index(x % 2 * CONSUMERS + consumer).store(dst.to(dtype))
-    dk_started = warpgroup_mma(operand(dst, dtype, C.D), q, dk, is_async=True)
-    fence_async_shared()
-    mbarrier.arrive(stored.index(x % 2), count=1)
-    dv = warpgroup_mma_wait(1, deps=(dv_started,))
-    leave(douts, x, C.SLOTS)
-    dk = warpgroup_mma_wait(0, deps=(dk_started,))
-    leave(queries, x, C.SLOTS)
-    return dk, dv
-
-
-@jit
-def consume(
-    given, consumer: gl.constexpr,
-    ROWS: gl.constexpr, SEEN: gl.constexpr, QUERIES: gl.constexpr, RUNS: gl.constexpr,
-    OPENS: gl.constexpr, ADDS: gl.constexpr, C: gl.constexpr,
-):  # fmt: skip
-    """Dk and dv of R keys of every tile of this program."""
-    (DK, DV, dk_strides, dv_strides, sizes, mask, score, pointers, scale, to_log2, n_tiles,
-     queries, douts, keys, values, lse, delta, dss, stored, sums, ready, taken) = given  # fmt: skip
-    n_batch, n_heads, group, n_queries, n_keys = sizes
-    kv_heads = n_heads // group
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])
-    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D, 16])
-    CONSUMERS: gl.constexpr = C.CONSUMERS
-    dtype: gl.constexpr = DK.dtype.element_ty
-    dk_matrix = matrix(DK, dk_strides, n_batch, kv_heads, n_keys, C.SIZE, C.R, C.D)
-    dv_matrix = matrix(DV, dv_strides, n_batch, kv_heads, n_keys, C.SIZE, C.R, C.D)
-    done = 0
-    for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
-        tile, bg = place(turn, n_tiles, n_batch * kv_heads, C.PAIRED)
-        batch = bg // kv_heads
-        g = bg % kv_heads
-        start = tile * C.BN
-        t0, t1, t2, t3 = QUERIES(mask, batch, g, start, n_queries, n_keys, C.BM, C.BN)
-        edges = gl.maximum(t1 - t0 + t3 - t2, 1)
-        j = start + consumer * C.R + gl.arange(0, C.R, gl.SliceLayout(1, S))
-        # Keys that nobody sees, or that do not exist, must not reach dQ.
-        always = start + C.BN > n_keys
-        if RUNS:
-            at = mask[7] + batch.to(gl.int64) * mask[8] + j
-            always = always | (gl.min(gl.load(at, mask=j < n_keys, other=0), 0) <= 0)
-        of_row = scores.of_row(score, batch)
-        sources = scores.opened(of_row, g * group, start, pointers, OPENS, C.R, C.BM)
-        dk = gl.full([C.R, C.D], 0.0, gl.float32, A)
-        dv = gl.full([C.R, C.D], 0.0, gl.float32, A)
-        for c in gl.static_range(CONSUMERS):
-            take(keys, turn * CONSUMERS + c, CONSUMERS)
-        k = take(keys, turn * CONSUMERS + consumer, CONSUMERS)
-        v = take(values, turn * CONSUMERS + consumer, CONSUMERS)
-        met = gl.maximum(t3 - t0, 1)
-        n = met * group
-        rings = (queries, douts, keys, values)
-        shared = (lse, delta, dss, stored, sums, ready, taken)
-        where = (sizes, (t0, t1, t2, t3), edges, always, j, batch, g * group)
-        dk, dv = consume_step(
-            dk, dv, rings, shared, done, 0, 0, where, mask, of_row, sources, to_log2, consumer,
-            ROWS, SEEN, RUNS, ADDS, C, True,
-        )  # fmt: skip
-        at = 0
-        for y in range(1, n):
-            at = gl.where(at + 1 < met, at + 1, 0)
-            dk, dv = consume_step(
-                dk, dv, rings, shared, done + y, y, at, where, mask, of_row, sources, to_log2,
-                consumer, ROWS, SEEN, RUNS, ADDS, C, False,
-            )  # fmt: skip
-        done += n
-        started = start_dq(shared, keys, done - 1, consumer, C)
-        dq = warpgroup_mma_wait(0, deps=(started,))
-        hand_over(dq, shared, done - 1, consumer, C)
-        # The others may still read these keys for their part of dQ.
-        meet(1, CONSUMERS, done)
-        k.store((dk * scale).to(dtype))
-        v.store(dv.to(dtype))
-        fence_async_shared()
-        row = start + consumer * C.R
-        tma_store(dk_matrix, [batch, g, row, 0], keys[0].index(consumer))
-        tma_store(dv_matrix, [batch, g, row, 0], values[0].index(consumer))
-        store_wait(0)
-        leave(values, turn * CONSUMERS + consumer, CONSUMERS)
-        leave(keys, turn * CONSUMERS + consumer, CONSUMERS)
-
-
-@kernel
-def backward_kernel(
-    Q, K, V, DO, STATS, DQ, DK, DV,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    do_batch, do_head, do_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
-    dq_batch, dq_head, dq_row,
-    n_batch, n_heads, group, n_queries, n_keys, n_tiles, scale, to_log2,
-    left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
-    tiles_of, tiles_batch, tiles_head,
-    factor, cap, pointers,
-    bias_batch, bias_head, bias_row, table_rows, table_row, first, last, origin,
-    ROWS: gl.constexpr, SEEN: gl.constexpr, QUERIES: gl.constexpr, RUNS: gl.constexpr,
-    OPENS: gl.constexpr, ADDS: gl.constexpr, CODE: gl.constexpr, C: gl.constexpr,
-):  # fmt: skip
-    """All tiles of keys, shared by as many programs as there are. Strides are in 16 bytes."""
-    mask = (left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
-            tiles_of, tiles_batch, tiles_head)  # fmt: skip
-    sizes = (n_batch, n_heads, group, n_queries, n_keys)
-    score = (factor, cap, 0, n_batch, n_heads, n_queries, n_keys, bias_batch, bias_head, bias_row,
-             table_rows, table_row, first, last, origin)  # fmt: skip
-    dtype: gl.constexpr = Q.dtype.element_ty
-    # Tiles of queries are full when they are read and the numbers beside them are written.
-    queries = ring(C.SLOTS, C.BM, C.D, 2, C.CONSUMERS, dtype)
-    douts = ring(C.SLOTS, C.BM, C.D, 2, C.CONSUMERS, dtype)
-    keys = ring(C.CONSUMERS, C.R, C.D, 1, 1, dtype)
-    values = ring(C.CONSUMERS, C.R, C.D, 1, 1, dtype)
-    row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    lse = gl.allocate_shared_memory(gl.float32, [C.SLOTS, C.BM], row)
-    delta = gl.allocate_shared_memory(gl.float32, [C.SLOTS, C.BM], row)
-    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C.R, C.BM], dtype)
-    dss = gl.allocate_shared_memory(dtype, [2 * C.CONSUMERS, C.R, C.BM], square)
-    part: gl.constexpr = (1, 1, C.PART_ROWS, C.PART_COLUMNS)
-    wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for(part, gl.float32)
-    sums = gl.allocate_shared_memory(
-        gl.float32, [C.CONSUMERS, 1, 1, C.PART_ROWS, C.PART_COLUMNS], wide
-    )
-    stored = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for at in gl.static_range(2):
-        mbarrier.init(stored.index(at), count=C.CONSUMERS)
-    ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    taken = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(ready.index(0), count=C.CONSUMERS)
-    mbarrier.init(taken.index(0), count=1)
-    fence_async_shared()
-    q_strides = (q_batch, q_head, q_row)
-    k_strides = (k_batch, k_head, k_row)
-    v_strides = (v_batch, v_head, v_row)
-    do_strides = (do_batch, do_head, do_row)
-    dq_strides = (dq_batch, dq_head, dq_row)
-    dk_strides = (dk_batch, dk_head, dk_row)
-    dv_strides = (dv_batch, dv_head, dv_row)
-    given = (Q, K, V, DO, STATS, DQ, q_strides, k_strides, v_strides, do_strides, dq_strides, sizes,
-             mask, n_tiles, queries, douts, keys, values, lse, delta, sums, ready,
-             taken)  # fmt: skip
-    kept = (DK, DV, dk_strides, dv_strides, sizes, mask, score, pointers, scale, to_log2, n_tiles,
-            queries, douts, keys, values, lse, delta, dss, stored, sums, ready, taken)  # fmt: skip
-    gl.warp_specialize(
-        [
-            (produce, (given, QUERIES, C)),
-            (consume, (kept, 0, ROWS, SEEN, QUERIES, RUNS, OPENS, ADDS, C)),
-            (consume, (kept, 1, ROWS, SEEN, QUERIES, RUNS, OPENS, ADDS, C)),
-        ],
-        [4, 4],
-        [C.REGISTERS, C.REGISTERS],
-    )
 
 
 def backward(
@@ -369,48 +35,98 @@ def backward(
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names, those of q, k and v laid out as these.
 
-    What these kernels do not compute the portable ones do: other head sizes, capped scores, the
-    gradient of slopes, some of the gradients alone; and all of them where PyTorch is asked for
-    deterministic algorithms.
+    What these kernels do not compute the portable ones do: other head sizes, rows that the copy
+    engine cannot read, the gradient of slopes; and capped scores of heads up to 64, which these
+    would compute, but slower.
     """
     q, k, v, out, dout = (launching.readable(t) for t in (q, k, v, out, dout))
-    grads = {name: torch.empty_like(t) for name, t in (("q", q), ("k", k), ("v", v))}
+    written = {"q"} & needs | ({"k", "v"} if {"k", "v"} & needs else set())
+    inputs = (q, k, v, dout)
+    grads = {n: torch.empty_like(x) for n, x in zip("qkv", inputs[:3], strict=True) if n in written}
     call = launching.Setup.of(q, k, v, (out, dout, *grads.values()), options)
+    capped = options.softcap is not None
     served = (
-        q.shape[3] == v.shape[3]
-        and tuning.crew("dkdv", q.shape[3], v.shape[3]) is not None
-        and {"q", "k", "v"} <= needs
+        tuning.crew("dkdv", *call.head_sizes) is not None
         and call.unit > 1
-        and options.softcap is None
+        and bool(grads)
         and "slopes" not in needs
-        and not torch.are_deterministic_algorithms_enabled()
+        and not (capped and max(call.head_sizes) <= 64)
     )
     if not served:
         return portable.backward(dout, dlse, q, k, v, out, lse, options, needs)
-    n_batch, n_heads, group, n_queries, n_keys = call.sizes
-    tile, fixed = crews.tuned(call, "dkdv")
-    n_tiles = launching.cdiv(n_keys, tile.BN)
+    stats = lse.new_empty(2, *lse.shape)
     with launching.on(q.device):
-        stats = lse.new_empty(2, *lse.shape)
-        inputs = (q, k, v, dout)
-        strides = call.strides(*inputs)
-        shared = Shared(call, terms.terms_of(call, both=True), inputs, strides, stats)
+        shared = Shared(call, terms.terms_of(call, both=True), inputs, call.strides(*inputs), stats)
         compute_stats(shared, out, lse.contiguous(), None if dlse is None else dlse.contiguous())
-        added = shared.added.transposed
-        sums = torch.zeros_like(grads["q"], dtype=torch.float32)
-        launching.launch(
-            backward_kernel,
-            crews.programs(call, "dkdv", n_tiles * n_batch * (n_heads // group)),
-            tile,
-            *(*inputs, stats, sums, grads["k"], grads["v"]),
-            *(*strides, *call.strides(grads["k"], grads["v"])),
-            *(stride // 4 for stride in launching.strides(sums)),
-            *(*call.sizes, n_tiles, float(options.scale), call.to_log2),
-            *call.mask.arguments(tile_lists.query_lists(call.mask, tile, group, n_queries, n_keys)),
-            *(*call.cap, added.pointers, *shared.added.numbers[:8]),
-            *(call.mask.rows, call.mask.seen, call.mask.queries, call.mask.has_runs),
-            *(added.opens, added.adds, added.code, fixed),
-        )
-        torch.mul(sums, options.scale, out=grads["q"])
+        joint = tuning.crew("dqdkdv", *call.head_sizes) is not None and not capped
+        apart = len(grads) < 3 or torch.are_deterministic_algorithms_enabled()
+        if joint and not apart:
+            launch_joint(shared, grads)
+        else:
+            if "k" in grads:
+                launch_keys(shared, grads, joint)
+            if "q" in grads:
+                launch_queries(shared, grads["q"])
         found = term_gradients(shared, None, needs)
-    return grads | found
+    return {name: grad for name, grad in grads.items() if name in needs} | found
+
+
+def launch_joint(shared: Shared, grads: dict[str, Tensor]) -> None:
+    """The gradients of k and v, and that of q out of a sum in memory."""
+    sums = torch.zeros_like(grads["q"], dtype=torch.float32)
+    strides = [stride // 4 for stride in launching.strides(sums)]
+    launch_key_pass(joint_kernel, "dqdkdv", shared, (sums, grads["k"], grads["v"]), strides)
+    torch.mul(sums, shared.call.options.scale, out=grads["q"])
+
+
+def launch_keys(shared: Shared, grads: dict[str, Tensor], joint: bool) -> None:
+    """The gradients of k and v, by what of the joint kernel is for them, or by one of their own."""
+    outputs = grads["k"], grads["v"]
+    if joint:
+        launch_key_pass(joint_kernel, "dkdv", shared, (None, *outputs), [0, 0, 0])
+    else:
+        launch_key_pass(key_kernel, "dkdv", shared, outputs, [])
+
+
+def launch_key_pass(
+    kernel: Any, name: tuning.Pass, shared: Shared, outputs: tuple[Any, ...], strides: list[int]
+) -> None:
+    """A kernel whose programs own keys; `strides` are those of what is summed."""
+    call = shared.call
+    n_batch, n_heads, group, n_queries, n_keys = call.sizes
+    tile, fixed = crews.tuned(call, name)
+    n_tiles = launching.cdiv(n_keys, tile.BN)
+    terms_of = shared.added.transposed
+    launching.launch(
+        kernel,
+        crews.programs(call, name, n_tiles * n_batch * (n_heads // group)),
+        tile,
+        *(*shared.inputs, shared.stats, *outputs),
+        *(*shared.strides, *call.strides(*outputs[-2:]), *strides),
+        *(*call.sizes, n_tiles, float(call.options.scale), call.to_log2),
+        *call.mask.arguments(tile_lists.query_lists(call.mask, tile, group, n_queries, n_keys)),
+        *(*call.cap, terms_of.pointers, *shared.added.numbers[:8]),
+        *(call.mask.rows, call.mask.seen, call.mask.queries, call.mask.has_runs),
+        *(terms_of.opens, terms_of.adds, terms_of.code, fixed),
+    )
+
+
+def launch_queries(shared: Shared, dq: Tensor) -> None:
+    """The gradient of q."""
+    call = shared.call
+    n_batch, n_heads, _, n_queries, n_keys = call.sizes
+    tile, fixed = crews.tuned(call, "dq")
+    n_tiles = launching.cdiv(n_queries, tile.BM)
+    terms_of = shared.added.straight
+    launching.launch(
+        query_kernel,
+        crews.programs(call, "dq", n_tiles * n_batch * n_heads),
+        tile,
+        *(*shared.inputs, shared.stats, dq),
+        *(*shared.strides, *call.strides(dq)),
+        *(*call.sizes, n_tiles, float(call.options.scale), call.to_log2),
+        *call.mask.arguments(tile_lists.key_tiles(call.mask, tile, fixed.R, n_queries, n_keys)),
+        *(*call.cap, terms_of.pointers, *shared.added.numbers[:8]),
+        *(call.mask.rows, call.mask.seen, crews.keys_of(call.mask), call.mask.has_runs),
+        *(terms_of.opens, terms_of.adds, terms_of.code, fixed),
+    )

@@ -16,11 +16,11 @@ class Constants(NamedTuple):
 
     SIZE and VALUE_SIZE are head sizes, D and DV the columns of their tiles, zero beyond the size;
     products over a head take its chunks D0 and D1 (0 where one is enough). R are the queries of a
-    consumer, BM those of a program, BN the keys of a tile; in the backward pass R and BN are of
-    keys, BM of queries, and of a tile of dQ a consumer computes PART_ROWS and PART_COLUMNS. Of
-    CONSUMERS warpgroups each thread has REGISTERS; they issue products IN_TURN or as they come;
-    SLOTS tiles of keys and of values, and Q_SLOTS of queries, are in flight; PAIRED as in
-    `scheduling`. The rest is as in `launching.Constants`.
+    consumer, BM those of a program, BN the keys of a tile; in the passes for keys BM are the
+    queries of a tile, BN the keys of a program, R those of a part. Of CONSUMERS warpgroups each
+    thread has REGISTERS; they issue products IN_TURN or as they come; SLOTS tiles of keys and of
+    values, and Q_SLOTS of queries, are in flight; PAIRED as in `scheduling`. The
+    rest is as in `launching.Constants`.
     """
 
     SIZE: int
@@ -32,8 +32,6 @@ class Constants(NamedTuple):
     R: int
     BM: int
     BN: int
-    PART_ROWS: int
-    PART_COLUMNS: int
     CONSUMERS: int
     REGISTERS: int
     IN_TURN: bool
@@ -62,7 +60,7 @@ def paired(mask: Mask, name: tuning.Pass) -> bool:
     """
     if isinstance(mask, Band):
         return mask.right is not None and mask.left is None
-    return name == "forward"
+    return name in ("forward", "dq")
 
 
 @lru_cache
@@ -75,10 +73,9 @@ def constants(
     d, dv = map(tuning.width, sizes)
     chunks = launching.chunks(sizes[0]) if sizes[0] > 64 else (64, 0)
     tile = crew.tile(name)
-    by_rows = tile.BM // crew.consumers >= 64  # the fewest that a product has
-    part = (tile.BM // crew.consumers, d) if by_rows else (tile.BM, d // crew.consumers)
+    rows = tile.BM // crew.consumers if name in ("forward", "dq") else 64
     return tile, Constants(
-        *(*sizes, d, dv, *chunks, crew.rows, tile.BM, tile.BN, *part),
+        *(*sizes, d, dv, *chunks, rows, tile.BM, tile.BN),
         *(crew.consumers, crew.registers, crew.in_turn, crew.slots, crew.own_slots),
         *(paired, *rest, 0, 0),
     )
@@ -90,7 +87,7 @@ def programs(call: launching.Setup, name: tuning.Pass, n_items: int) -> int:
     Under Intervals one for each tile in the backward pass: nobody knows who has how much work, and
     the card gives the next tile to the multiprocessor that is free.
     """
-    if name == "dkdv" and not isinstance(call.options.mask, Band):
+    if name in ("dkdv", "dqdkdv") and not isinstance(call.options.mask, Band):
         return n_items
     return min(n_items, processors(call.device))
 

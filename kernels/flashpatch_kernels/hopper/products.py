@@ -13,12 +13,27 @@ def chunks(tile, C: gl.constexpr):
 
 
 @jit
-def start_inner(a, b, COLUMNS: gl.constexpr, C: gl.constexpr):
-    """Issues A B^T over the chunks of both: [R, D], [COLUMNS, D] -> [R, COLUMNS]."""
+def value_chunks(tile, C: gl.constexpr):
+    """As `chunks`, of a tile [ROWS, DV] of values or of what their output's gradient is."""
+    if C.SIZE == C.VALUE_SIZE:
+        return chunks(tile, C)
+    else:
+        return (tile,)
+
+
+@jit
+def start_inner(a, b, COLUMNS: gl.constexpr, C: gl.constexpr, begin=None):
+    """Issues A B^T over the chunks of both: [R, D], [COLUMNS, D] -> [R, COLUMNS].
+
+    It is added to `begin`, numbers [COLUMNS], where they are given.
+    """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    empty = gl.full([C.R, COLUMNS], 0.0, gl.float32, layout)
-    started = warpgroup_mma(a[0], b[0].permute((1, 0)), empty, use_acc=False, is_async=True)
-    if C.D1 > 0:
+    sums = gl.full([C.R, COLUMNS], 0.0, gl.float32, layout)
+    ADDS: gl.constexpr = begin is not None
+    if ADDS:
+        sums = sums + gl.expand_dims(begin, 0)
+    started = warpgroup_mma(a[0], b[0].permute((1, 0)), sums, use_acc=ADDS, is_async=True)
+    if len(a) > 1:
         started = warpgroup_mma(a[1], b[1].permute((1, 0)), started, is_async=True)
     return started
 
@@ -28,3 +43,11 @@ def operand(x, dtype: gl.constexpr, COLUMNS: gl.constexpr):
     """A tile in registers as the left operand of a product of so many columns."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     return gl.convert_layout(x.to(dtype), gl.DotOperandLayout(0, layout, 2))
+
+
+@jit
+def anew(x):
+    """The same number, of which the compiler does not know that it is."""
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )

@@ -6,7 +6,7 @@ that goes through a ring has a number, counted from 0: its slot and the phase of
 from that.
 """
 
-from flashpatch_kernels.hopper.gluon import gl, jit, mbarrier, tma, tma_load
+from flashpatch_kernels.hopper.gluon import fence_async_shared, gl, jit, mbarrier, tma, tma_load
 
 
 @jit
@@ -37,6 +37,14 @@ def put(ring, number, matrix, batch, head, row, SLOTS: gl.constexpr):
 
 
 @jit
+def put_numbers(ring, numbers, number, at, inside, default: gl.constexpr, SLOTS: gl.constexpr):
+    """Writes a number for each row of a tile beside it, and arrives at its barrier."""
+    slot = number % SLOTS
+    numbers.index(slot).store(gl.load(at, mask=inside, other=default))
+    mbarrier.arrive(ring[1].index(slot), count=1)
+
+
+@jit
 def take(ring, number, SLOTS: gl.constexpr):
     """The tile of a number, [ROWS, D], once it is there."""
     tiles, full, _ = ring
@@ -50,6 +58,17 @@ def take(ring, number, SLOTS: gl.constexpr):
 def leave(ring, number, SLOTS: gl.constexpr):
     """Says that this partition has done with a tile."""
     mbarrier.arrive(ring[2].index(number % SLOTS), count=1)
+
+
+@jit
+def give(ring, number, x, SLOTS: gl.constexpr):
+    """Hands a tile [ROWS, D] in registers to the readers of a ring."""
+    tiles, full, free = ring
+    slot = number % SLOTS
+    mbarrier.wait(free.index(slot), (number // SLOTS & 1) ^ 1)
+    tiles.index(slot).reshape(x.shape).store(x)
+    fence_async_shared()
+    mbarrier.arrive(full.index(slot), count=1)
 
 
 @jit

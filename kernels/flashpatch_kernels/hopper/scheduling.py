@@ -57,6 +57,12 @@ def edges_first(x, t0, t1, t2, t3):
     return gl.where(x < edges, tile_masks.edge_tile(x, t0, t1, t2), t1 + x - edges)
 
 
+@jit
+def step_place(y, first_head, n, t0, t1, t2, t3, BM: gl.constexpr):
+    """Head and first query of the y-th step: n tiles of queries of each head."""
+    return first_head + y // n, edges_first(y % n, t0, t1, t2, t3) * BM
+
+
 @constexpr_function
 def barrier(action, number, warpgroups):
     """A named barrier; Triton itself uses the first eight."""
