@@ -117,7 +117,9 @@ def main() -> None:
     parser.add_argument("--rep", type=int, default=60, help="milliseconds a measurement")
     parser.add_argument("--commit", default=commit())
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--deterministic", action="store_true", help="use torch's algorithms so")
     arguments = parser.parse_args()
+    torch.use_deterministic_algorithms(arguments.deterministic)
     implementations = {name: IMPLEMENTATIONS[name]() for name in arguments.impls}
     rows = []
     for d in arguments.dims:
@@ -136,6 +138,7 @@ def main() -> None:
             "torch": torch.__version__,
             "triton": triton.__version__,
             "commit": arguments.commit,
+            "deterministic": arguments.deterministic,
             "rows": rows,
         }
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")

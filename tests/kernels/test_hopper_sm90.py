@@ -73,8 +73,16 @@ LOCAL_BYTES = {
     ("joint_kernel", 128, "causal"): 24,
     ("joint_kernel", 128, "intervals"): 16,
     ("joint_kernel", 128, "runs"): 48,
+    ("joint_kernel", 64, "causal"): 32,
     ("joint_kernel", 64, "causal", "slopes"): 72,
     ("joint_kernel", 128, "runs", "slopes"): 136,
+    ("key_kernel", 128, "runs", "softcap"): 104,
+    ("key_kernel", 128, "causal", "softcap"): 16,
+    ("query_kernel", 256, "band"): 32,
+    ("query_kernel", 256, "causal"): 32,
+    ("query_kernel", 256, "runs"): 48,
+    ("query_kernel", 256, "runs", "softcap"): 64,
+    ("query_kernel", 256, "causal", "slopes"): 88,
 }
 
 # Of it, the loads and stores within the loops over tiles, of all warpgroups together.
@@ -83,6 +91,10 @@ HOT_SPILLS = {
     ("joint_kernel", 128, "runs"): 8,
     ("joint_kernel", 64, "causal", "slopes"): 20,
     ("joint_kernel", 128, "runs", "slopes"): 50,
+    ("key_kernel", 128, "runs", "softcap"): 14,
+    ("query_kernel", 256, "runs"): 3,
+    ("query_kernel", 256, "runs", "softcap"): 7,
+    ("query_kernel", 256, "causal", "slopes"): 8,
 }
 
 OWN = {"forward_kernel", "joint_kernel", "key_kernel", "query_kernel"}

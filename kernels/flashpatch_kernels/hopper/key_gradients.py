@@ -104,7 +104,7 @@ def weights(
     ROWS: gl.constexpr, SEEN: gl.constexpr, RUNS: gl.constexpr,
     ADDS: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
-    """From products [R, BM] to P^T, and to what it becomes under the derivative of the cap."""
+    """From products [R, BM] to P^T, and to what of it dS^T has as a factor, less under a cap."""
     sizes, tiles_met, edges, always, batch, first_head = place
     n_queries, n_keys = sizes[3], sizes[4]
     t0, t1, t2, t3 = tiles_met
@@ -126,10 +126,10 @@ def weights(
             n_queries, n_keys, RUNS,
         )  # fmt: skip
         pt = gl.where(seen, pt, 0.0)
-    slope = pt
+    factor = pt
     if not C.PLAIN:
-        slope = scores.product_gradient(pt, t, row, column, head, score, sources, C, ADDS)
-    return pt, slope
+        factor = scores.product_gradient(pt, t, row, column, head, score, sources, C, ADDS)
+    return pt, factor
 
 
 @jit
@@ -178,11 +178,11 @@ def weigh(
                 st = warpgroup_mma_wait(0, deps=(started,))  # [R, BM]
                 if b == BLOCKS - 1:
                     leave(queries, x, C.SLOTS)
-                pt, slope = weights(
+                pt, factor = weights(
                     st, less, within + b * C.R, y, met, where, mask, of_row, sources, to_log2,
                     ROWS, SEEN, RUNS, ADDS, C,
                 )  # fmt: skip
-                give(ps, x * BLOCKS + b, slope.to(dtype), 2 * BLOCKS)
+                give(ps, x * BLOCKS + b, factor.to(dtype), 2 * BLOCKS)
                 do = take(douts, x, C.SLOTS)
                 started = warpgroup_mma(
                     operand(pt, dtype, min(C.DV, 128)), do, dvs[b], is_async=True
@@ -219,7 +219,7 @@ def differentiate(given, QUERIES: gl.constexpr, C: gl.constexpr):
             x = done + y
             do = take(douts, x, C.SLOTS)
             for b in gl.static_range(BLOCKS):
-                # Begun with them, products wait for these numbers, and not what follows.
+                # Products begin with these numbers: subtracted later, all that follows would wait.
                 less = -delta.index(x % C.SLOTS).load(gl.SliceLayout(0, S))
                 v = value_chunks(block(values, b, x, C), C)
                 started = start_inner(v, value_chunks(do, C), C.BM, C, less)
