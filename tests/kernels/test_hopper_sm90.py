@@ -44,19 +44,15 @@ CALLS = [
     one("backward", 128, "runs"),
     one("backward", 64, "causal", term="slopes", needs=["q", "k", "v"]),
     one("backward", 128, "runs", term="slopes", needs=["q", "k", "v"]),
-    one("backward", 64, "causal", needs=["k", "v"]),
     one("backward", 64, "runs", needs=["q"]),
     one("backward", 128, "runs", needs=["k", "v"]),
-    one("backward", 128, "causal", needs=["q"]),
     one("backward", 128, "runs", term="softcap"),
-    one("backward", 128, "causal", term="softcap"),
     one("backward", 192, "causal", value_size=128),
     one("backward", 192, "intervals", "float16"),
     one("backward", 256, "band"),
     one("backward", 256, "causal", group=4),
     one("backward", 256, "runs"),
     one("backward", 256, "runs", term="softcap"),
-    one("backward", 256, "causal", term="slopes", needs=["q", "k", "v"]),
 ]
 
 # Local memory that is accepted, in bytes a thread, as the Triton of constraints.txt compiles them.
@@ -73,17 +69,14 @@ LOCAL_BYTES = {
     ("joint_kernel", 128, "causal"): 24,
     ("joint_kernel", 128, "intervals"): 16,
     ("joint_kernel", 128, "runs"): 48,
-    ("joint_kernel", 64, "causal"): 32,
     ("joint_kernel", 64, "causal", "slopes"): 72,
     ("joint_kernel", 128, "runs", "slopes"): 136,
     ("key_kernel", 128, "runs", "softcap"): 104,
-    ("key_kernel", 128, "causal", "softcap"): 16,
     ("query_kernel", 128, "runs", "softcap"): 72,
     ("query_kernel", 256, "band"): 32,
     ("query_kernel", 256, "causal"): 32,
     ("query_kernel", 256, "runs"): 48,
     ("query_kernel", 256, "runs", "softcap"): 64,
-    ("query_kernel", 256, "causal", "slopes"): 88,
 }
 
 # Of it, the loads and stores within the loops over tiles, of all warpgroups together.
@@ -96,7 +89,6 @@ HOT_SPILLS = {
     ("query_kernel", 128, "runs", "softcap"): 18,
     ("query_kernel", 256, "runs"): 3,
     ("query_kernel", 256, "runs", "softcap"): 7,
-    ("query_kernel", 256, "causal", "slopes"): 8,
 }
 
 OWN = {"forward_kernel", "joint_kernel", "key_kernel", "query_kernel"}

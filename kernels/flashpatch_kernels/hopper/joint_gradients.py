@@ -113,6 +113,21 @@ def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
 
 
 @jit
+def store_ds(ds, memory, x, consumer: gl.constexpr, C: gl.constexpr):
+    """Stores dS^T [R, BM] of this consumer's keys."""
+    _, _, dss, _, _, _, _ = memory
+    dss.index(x % 2 * C.CONSUMERS + consumer).store(ds)
+
+
+@jit
+def tell_of_ds(memory, x):
+    """Says that this consumer's dS^T is stored."""
+    _, _, _, stored, _, _, _ = memory
+    fence_async_shared()
+    mbarrier.arrive(stored.index(x % 2), count=1)
+
+
+@jit
 def start_dq(memory, keys, x, consumer: gl.constexpr, C: gl.constexpr):
     """Issues this consumer's part of dQ = dS K, once all consumers have stored their dS."""
     CONSUMERS: gl.constexpr = C.CONSUMERS
@@ -201,11 +216,10 @@ def consume_step(
     if not C.PLAIN:
         dst = scores.product_gradient(dst, t, row, column, head, score, sources, C, ADDS)
     if len(memory) > 0:
-        memory[2].index(x % 2 * CONSUMERS + consumer).store(dst.to(dtype))
+        store_ds(dst.to(dtype), memory, x, consumer, C)
     dk_started = warpgroup_mma(operand(dst, dtype, C.D), q, dk, is_async=True)
     if len(memory) > 0:
-        fence_async_shared()
-        mbarrier.arrive(memory[3].index(x % 2), count=1)
+        tell_of_ds(memory, x)
     dv = warpgroup_mma_wait(1, deps=(dv_started,))
     leave(douts, x, C.SLOTS)
     dk = warpgroup_mma_wait(0, deps=(dk_started,))
@@ -314,6 +328,7 @@ def joint_kernel(
     row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     lse = gl.allocate_shared_memory(gl.float32, [C.SLOTS, C.BM], row)
     delta = gl.allocate_shared_memory(gl.float32, [C.SLOTS, C.BM], row)
+    # What dQ takes: the matrix, tiles of dS^T, of dQ, and who waits for them. Nothing without it.
     memory = ()
     if DQ is not None:
         square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C.R, C.BM], dtype)
