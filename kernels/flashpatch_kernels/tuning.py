@@ -11,7 +11,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Pass = Literal["forward", "stats", "dqdkdv", "dkdv", "dk", "dv", "dq", "sums"]
+Pass = Literal["forward", "stats", "dkdv", "dk", "dv", "dq", "sums"]
+# Those of the Hopper engine, one of which gives all gradients.
+CrewPass = Literal["forward", "dqdkdv", "dkdv", "dq"]
 
 
 class Tile(NamedTuple):
@@ -53,7 +55,7 @@ class Crew(NamedTuple):
     registers: int
     in_turn: bool = False
 
-    def tile(self, name: "Pass") -> Tile:
+    def tile(self, name: CrewPass) -> Tile:
         """BM and BN of a pass, the producer's warps, and that descriptors are made."""
         own, others = self.own, self.others
         sizes = (own, others) if name in ("forward", "dq") else (others, own)
@@ -61,7 +63,7 @@ class Crew(NamedTuple):
 
 
 # (pass, widths of the tiles of q and k and of v) -> crew.
-CREWS: dict[tuple[Pass, int, int], Crew] = {
+CREWS: dict[tuple[CrewPass, int, int], Crew] = {
     ("forward", 64, 64): Crew(3, 192, 64, 6, 6, 160, in_turn=True),
     ("forward", 128, 64): Crew(2, 128, 128, 2, 4, 240, in_turn=True),
     ("forward", 128, 128): Crew(2, 128, 128, 2, 4, 240, in_turn=True),
@@ -80,7 +82,7 @@ CREWS: dict[tuple[Pass, int, int], Crew] = {
 }
 
 
-def crew(name: Pass, size: int, value_size: int) -> Crew | None:
+def crew(name: CrewPass, size: int, value_size: int) -> Crew | None:
     """The crew of a pass of the Hopper engine for heads of these sizes, if it has one."""
     return CREWS.get((name, width(size), width(value_size)))
 

@@ -89,7 +89,7 @@ def launch_keys(shared: Shared, grads: dict[str, Tensor], joint: bool) -> None:
 
 
 def launch_key_pass(
-    kernel: Any, name: tuning.Pass, shared: Shared, outputs: tuple[Any, ...], strides: list[int]
+    kernel: Any, name: tuning.CrewPass, shared: Shared, outputs: tuple[Any, ...], strides: list[int]
 ) -> None:
     """A kernel whose programs own keys; `strides` are those of what is summed."""
     call = shared.call

@@ -46,14 +46,14 @@ class Constants(NamedTuple):
     Y: int
 
 
-def tuned(call: launching.Setup, name: tuning.Pass) -> tuple[Tile, Constants]:
+def tuned(call: launching.Setup, name: tuning.CrewPass) -> tuple[Tile, Constants]:
     """The tile of a pass, and what it is compiled for."""
     return constants(
         name, call.head_sizes, paired(call.options.mask, name), *call.kinds[1:4], call.own
     )
 
 
-def paired(mask: Mask, name: tuning.Pass) -> bool:
+def paired(mask: Mask, name: tuning.CrewPass) -> bool:
     """Whether tiles are taken in pairs, because the work of most grows or shrinks from the first.
 
     Of Intervals only the forward pass guesses so: its programs gain more by staying.
@@ -65,7 +65,7 @@ def paired(mask: Mask, name: tuning.Pass) -> bool:
 
 @lru_cache
 def constants(
-    name: tuning.Pass, sizes: tuple[int, int], paired: bool, *rest: Any
+    name: tuning.CrewPass, sizes: tuple[int, int], paired: bool, *rest: Any
 ) -> tuple[Tile, Constants]:
     """As `tuned`: one object for all calls alike, by which launches know it."""
     crew = tuning.crew(name, *sizes)
@@ -81,7 +81,7 @@ def constants(
     )
 
 
-def programs(call: launching.Setup, name: tuning.Pass, n_items: int) -> int:
+def programs(call: launching.Setup, name: tuning.CrewPass, n_items: int) -> int:
     """As many programs as the card runs at a time, one on each multiprocessor.
 
     Under Intervals one for each tile in the backward pass: nobody knows who has how much work, and
