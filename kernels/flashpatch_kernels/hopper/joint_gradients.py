@@ -31,7 +31,8 @@ from flashpatch_kernels.hopper.gluon import (
 )
 from flashpatch_kernels.hopper.products import anew, chunks, operand, start_inner
 from flashpatch_kernels.hopper.rings import leave, matrix, put, put_numbers, ring, take
-from flashpatch_kernels.hopper.scheduling import edges_first, meet, place, step_place, turns
+from flashpatch_kernels.hopper.scheduling import meet, place, step_place, turns
+from flashpatch_kernels.hopper.weights import weights
 from flashpatch_kernels.triton import scores
 
 
@@ -161,11 +162,11 @@ def hand_over(dq, memory, x, consumer: gl.constexpr, C: gl.constexpr):
 
 @jit
 def consume_step(
-    dk, dv, rings, memory, x, y, at, place, mask, score, sources, to_log2,
+    dk, dv, rings, memory, x, at, head, j, place, mask, score, sources, to_log2,
     consumer: gl.constexpr, ROWS: gl.constexpr, SEEN: gl.constexpr, RUNS: gl.constexpr,
     ADDS: gl.constexpr, C: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
-    """Adds what the tile of queries y gives to dk and dv.
+    """Adds what the at-th tile of queries of a head gives to dk and dv.
 
     dQ of the tile before is multiplied while the weights of this one are computed.
     """
@@ -174,16 +175,10 @@ def consume_step(
     mine = anew(consumer + 0 * x)
     k = keys[0].index(mine).reshape([C.R, C.D])
     v = values[0].index(mine).reshape([C.R, C.D])
-    sizes, tiles_met, edges, always, j, batch, first_head = place
-    n_queries, n_keys = sizes[3], sizes[4]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])
     CONSUMERS: gl.constexpr = C.CONSUMERS
     dtype: gl.constexpr = k.dtype
     slot = x % C.SLOTS
-    t0, t1, t2, t3 = tiles_met
-    n = gl.maximum(t3 - t0, 1)
-    head = first_head + y // n
-
     q = take(queries, x, C.SLOTS)  # [BM, D]
     s_started = start_inner(chunks(k, C), chunks(q, C), C.BM, C)
     BEFORE: gl.constexpr = len(memory) > 0 and not FIRST
@@ -191,20 +186,10 @@ def consume_step(
     if BEFORE:
         dq_started = start_dq(memory, keys, x - 1, consumer, C)
     st = warpgroup_mma_wait(CONSUMERS if BEFORE else 0, deps=(s_started,))  # [R, BM]
-    i = edges_first(at, t0, t1, t2, t3) * C.BM + gl.arange(0, C.BM, gl.SliceLayout(0, S))
-    row = gl.expand_dims(gl.minimum(i, n_queries - 1), 0)
-    column = gl.expand_dims(j, 1)
-    t = st
-    if not C.PLAIN:  # no term of these kernels reads by j, which may be beyond the last key
-        st, t = scores.scores(st, row, column, 0, 0, head, None, score, sources, C, ADDS)
-    pt = gl.exp2(st * to_log2 - gl.expand_dims(lse.index(slot).load(gl.SliceLayout(0, S)), 0))
-    if always | (at < edges):
-        lo, hi = ROWS(mask, batch, gl.minimum(i, n_queries - 1), n_queries, n_keys)
-        seen = SEEN(
-            gl.expand_dims(lo, 0), gl.expand_dims(hi, 0), row, column, mask, batch, head,
-            n_queries, n_keys, RUNS,
-        )  # fmt: skip
-        pt = gl.where(seen, pt, 0.0)
+    less = lse.index(slot).load(gl.SliceLayout(0, S))
+    pt, t, row, column = weights(
+        st, less, j, at, head, place, mask, score, sources, to_log2, ROWS, SEEN, RUNS, ADDS, C
+    )
     if BEFORE:
         dq = warpgroup_mma_wait(0, deps=(dq_started,))
         hand_over(dq, memory, x - 1, consumer, C)
@@ -269,17 +254,17 @@ def consume(
         met = gl.maximum(t3 - t0, 1)
         n = met * group
         rings = (queries, douts, keys, values, lse, delta)
-        where = (sizes, (t0, t1, t2, t3), edges, always, j, batch, g * group)
+        where = (sizes, (t0, t1, t2, t3), edges, always, batch)
         dk, dv = consume_step(
-            dk, dv, rings, memory, done, 0, 0, where, mask, of_row, sources, to_log2, consumer,
-            ROWS, SEEN, RUNS, ADDS, C, True,
+            dk, dv, rings, memory, done, 0, g * group, j, where, mask, of_row, sources, to_log2,
+            consumer, ROWS, SEEN, RUNS, ADDS, C, True,
         )  # fmt: skip
         at = 0
         for y in range(1, n):
             at = gl.where(at + 1 < met, at + 1, 0)
             dk, dv = consume_step(
-                dk, dv, rings, memory, done + y, y, at, where, mask, of_row, sources, to_log2,
-                consumer, ROWS, SEEN, RUNS, ADDS, C, False,
+                dk, dv, rings, memory, done + y, at, g * group + y // met, j, where, mask, of_row,
+                sources, to_log2, consumer, ROWS, SEEN, RUNS, ADDS, C, False,
             )  # fmt: skip
         done += n
         if len(memory) > 0:

@@ -23,7 +23,8 @@ from flashpatch_kernels.hopper.gluon import (
 )
 from flashpatch_kernels.hopper.products import anew, chunks, operand, start_inner, value_chunks
 from flashpatch_kernels.hopper.rings import give, leave, matrix, put, put_numbers, ring, take
-from flashpatch_kernels.hopper.scheduling import edges_first, meet, place, step_place, turns
+from flashpatch_kernels.hopper.scheduling import meet, place, step_place, turns
+from flashpatch_kernels.hopper.weights import weights
 from flashpatch_kernels.triton import scores
 
 
@@ -99,40 +100,6 @@ def put_back(grads, ring, matrix, batch, g, start, turn, C: gl.constexpr):
 
 
 @jit
-def weights(
-    st, less, j, y, met, place, mask, score, sources, to_log2,
-    ROWS: gl.constexpr, SEEN: gl.constexpr, RUNS: gl.constexpr,
-    ADDS: gl.constexpr, C: gl.constexpr,
-):  # fmt: skip
-    """From products [R, BM] to P^T, and to what of it dS^T has as a factor, less under a cap."""
-    sizes, tiles_met, edges, always, batch, first_head = place
-    n_queries, n_keys = sizes[3], sizes[4]
-    t0, t1, t2, t3 = tiles_met
-    at = y % met
-    head = first_head + y // met
-    queries: gl.constexpr = gl.SliceLayout(0, st.type.layout)
-    i = edges_first(at, t0, t1, t2, t3) * C.BM + gl.arange(0, C.BM, queries)
-    inside = gl.minimum(i, n_queries - 1)
-    row = gl.expand_dims(inside, 0)
-    column = gl.expand_dims(j, 1)
-    t = st
-    if not C.PLAIN:  # no term of these kernels reads by j, which may be beyond the last key
-        st, t = scores.scores(st, row, column, 0, 0, head, None, score, sources, C, ADDS)
-    pt = gl.exp2(st * to_log2 - gl.expand_dims(less, 0))
-    if always | (at < edges):
-        lo, hi = ROWS(mask, batch, inside, n_queries, n_keys)
-        seen = SEEN(
-            gl.expand_dims(lo, 0), gl.expand_dims(hi, 0), row, column, mask, batch, head,
-            n_queries, n_keys, RUNS,
-        )  # fmt: skip
-        pt = gl.where(seen, pt, 0.0)
-    factor = pt
-    if not C.PLAIN:
-        factor = scores.product_gradient(pt, t, row, column, head, score, sources, C, ADDS)
-    return pt, factor
-
-
-@jit
 def weigh(
     given, ROWS: gl.constexpr, SEEN: gl.constexpr, QUERIES: gl.constexpr, RUNS: gl.constexpr,
     OPENS: gl.constexpr, ADDS: gl.constexpr, C: gl.constexpr,
@@ -165,7 +132,7 @@ def weigh(
                 always = always | (gl.min(ends, 0) <= 0)
         of_row = scores.of_row(score, batch)
         sources = scores.opened(of_row, g * group, start, pointers, OPENS, C.R, C.BM)
-        where = (sizes, (t0, t1, t2, t3), edges, always, batch, g * group)
+        where = (sizes, (t0, t1, t2, t3), edges, always, batch)
         dvs = nothing_yet(C.DV, C)
         take(keys, turn, 1)
         met = gl.maximum(t3 - t0, 1)
@@ -178,10 +145,16 @@ def weigh(
                 st = warpgroup_mma_wait(0, deps=(started,))  # [R, BM]
                 if b == BLOCKS - 1:
                     leave(queries, x, C.SLOTS)
-                pt, factor = weights(
-                    st, less, within + b * C.R, y, met, where, mask, of_row, sources, to_log2,
-                    ROWS, SEEN, RUNS, ADDS, C,
+                head = g * group + y // met
+                pt, t, row, column = weights(
+                    st, less, within + b * C.R, y % met, head, where, mask, of_row, sources,
+                    to_log2, ROWS, SEEN, RUNS, ADDS, C,
                 )  # fmt: skip
+                factor = pt  # of dS^T
+                if not C.PLAIN:
+                    factor = scores.product_gradient(
+                        pt, t, row, column, head, of_row, sources, C, ADDS
+                    )
                 give(ps, x * BLOCKS + b, factor.to(dtype), 2 * BLOCKS)
                 do = take(douts, x, C.SLOTS)
                 started = warpgroup_mma(
