@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flashpatch_kernels.triton import compiling
 
 __all__ = [
+    "barrier",
     "fence_async_shared",
     "gl",
     "jit",
@@ -35,6 +36,8 @@ __all__ = [
 ]
 
 jit = gluon.jit
+_gl: Any = gl
+barrier = getattr(_gl, "barrier", None) or _gl.thread_barrier
 _tma: Any = tma
 tma_load = getattr(_tma, "async_load", None) or _tma.async_copy_global_to_shared
 store_wait = _tma.store_wait

@@ -51,7 +51,7 @@ def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
         n = gl.maximum(t3 - t0, 1)
         put(keys, turn, k, batch, g, start, 1)
         for y in range(n * group):
-            head, row = step_place(y, g * group, n, t0, t1, t2, t3, C.BM)
+            head, row = step_place(y, 0, g * group, n, t0, t1, t2, t3, C.BM)
             i = row + within
             at = STATS + (batch * n_heads + head).to(gl.int64) * n_queries + i
             put(queries, done + y, q, batch, head, row, C.SLOTS)

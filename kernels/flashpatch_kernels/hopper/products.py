@@ -51,3 +51,20 @@ def anew(x):
     return gl.inline_asm_elementwise(
         "mov.u32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@jit
+def times_unpacked(x, y):
+    """Numbers x in 32 bits times y in 16: as `x * y.to(gl.float32)`, with y kept until then.
+
+    The compiler would else convert y early, and keep it in twice the registers.
+    """
+    HALF: gl.constexpr = (
+        "{ .reg .b16 a, b; mov.b32 {a, b}, $4; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; "
+    )
+    BRAIN: gl.constexpr = "{ shl.b32 $0, $4, 16; and.b32 $1, $4, 0xffff0000; "
+    TIMES: gl.constexpr = "mul.f32 $0, $0, $2; mul.f32 $1, $1, $3; }"
+    text: gl.constexpr = (HALF if y.dtype == gl.float16 else BRAIN) + TIMES
+    return gl.inline_asm_elementwise(
+        text, "=&r,=&r,r,r,r", [x, y], dtype=gl.float32, is_pure=False, pack=2
+    )

@@ -7,6 +7,8 @@ so that nothing is added up in memory, and dQ is the same every time.
 Source: Dao, FlashAttention-2 (2023), algorithm 2, of which this is the part for dQ.
 """
 
+from triton import constexpr_function
+
 from flashpatch_kernels.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -21,6 +23,12 @@ from flashpatch_kernels.hopper.products import anew, chunks, operand, start_inne
 from flashpatch_kernels.hopper.rings import leave, matrix, put, ring, take
 from flashpatch_kernels.hopper.scheduling import edges_first, place, turns
 from flashpatch_kernels.triton import scores
+
+
+@constexpr_function
+def value_slots(C):
+    """Tiles of values in flight: beside heads of 256 there is room for one."""
+    return C.SLOTS if C.D <= 128 else 1
 
 
 @jit
@@ -51,7 +59,7 @@ def produce(given, KEYS: gl.constexpr, RUNS: gl.constexpr, C: gl.constexpr):
             if x == 0:
                 for c in gl.static_range(CONSUMERS):
                     put(douts, turn * CONSUMERS + c, do, batch, head, start + c * C.R, CONSUMERS)
-            put(values, done + x, v, batch, head // group, key, 1)
+            put(values, done + x, v, batch, head // group, key, value_slots(C))
         done += n
 
 
@@ -100,7 +108,7 @@ def consume(
             do = douts[0].index(mine).reshape([C.R, C.DV])
             k = take(keys, done + x, C.SLOTS)
             s_started = start_inner(chunks(q, C), chunks(k, C), C.BN, C)
-            do, v = value_chunks(do, C), value_chunks(take(values, done + x, 1), C)
+            do, v = value_chunks(do, C), value_chunks(take(values, done + x, value_slots(C)), C)
             dp_started = start_inner(do, v, C.BN, C)
             s = warpgroup_mma_wait(len(v), deps=(s_started,))  # [R, BN]
             key = edges_first(x, t0, t1, t2, t3) * C.BN
@@ -118,7 +126,7 @@ def consume(
                 )  # fmt: skip
                 p = gl.where(seen, p, 0.0)
             dp = warpgroup_mma_wait(0, deps=(dp_started,))  # [R, BN]
-            leave(values, done + x, 1)
+            leave(values, done + x, value_slots(C))
             ds = p * (dp - gl.expand_dims(delta, 1))
             started = warpgroup_mma(operand(ds, dtype, C.D), k, dq, is_async=True)
             dq = warpgroup_mma_wait(0, deps=(started,))
@@ -157,7 +165,7 @@ def query_kernel(
     queries = ring(C.CONSUMERS, C.R, C.D, 1, 1, dtype)
     douts = ring(C.CONSUMERS, C.R, C.DV, 1, 1, dtype)
     keys = ring(C.SLOTS, C.BN, C.D, 1, C.CONSUMERS, dtype)
-    values = ring(1, C.BN, C.DV, 1, C.CONSUMERS, dtype)
+    values = ring(value_slots(C), C.BN, C.DV, 1, C.CONSUMERS, dtype)
     fence_async_shared()
     q_strides = (q_batch, q_head, q_row)
     k_strides = (k_batch, k_head, k_row)

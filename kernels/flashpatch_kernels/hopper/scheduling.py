@@ -58,9 +58,9 @@ def edges_first(x, t0, t1, t2, t3):
 
 
 @jit
-def step_place(y, first_head, n, t0, t1, t2, t3, BM: gl.constexpr):
-    """Head and first query of the y-th step: n tiles of queries of each head."""
-    return first_head + y // n, edges_first(y % n, t0, t1, t2, t3) * BM
+def step_place(y, first, first_head, n, t0, t1, t2, t3, BM: gl.constexpr):
+    """Head and first query of the y-th step: n tiles of queries of each head, from the first-th."""
+    return first_head + y // n, edges_first((y + first) % n, t0, t1, t2, t3) * BM
 
 
 @constexpr_function
