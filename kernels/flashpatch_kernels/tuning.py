@@ -64,7 +64,7 @@ class Crew(NamedTuple):
 
 # (pass, widths of the tiles of q and k and of v) -> crew.
 CREWS: dict[tuple[CrewPass, int, int], Crew] = {
-    ("forward", 64, 64): Crew(3, 192, 64, 6, 6, 160, in_turn=True),
+    ("forward", 64, 64): Crew(3, 192, 64, 8, 6, 160),
     ("forward", 128, 64): Crew(2, 128, 128, 2, 4, 240, in_turn=True),
     ("forward", 128, 128): Crew(2, 128, 128, 2, 4, 240, in_turn=True),
     ("forward", 256, 128): Crew(2, 128, 64, 3, 2, 240, in_turn=True),

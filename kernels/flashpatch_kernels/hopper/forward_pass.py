@@ -29,7 +29,16 @@ from flashpatch_kernels.hopper.gluon import (
     warpgroup_mma_wait,
 )
 from flashpatch_kernels.hopper.products import chunks, start_inner
-from flashpatch_kernels.hopper.rings import leave, matrix, put, ring, take
+from flashpatch_kernels.hopper.rings import (
+    beside,
+    leave,
+    matrix,
+    put,
+    put_both,
+    ring,
+    take,
+    tile_of,
+)
 from flashpatch_kernels.hopper.scheduling import (
     await_turn,
     edges_first,
@@ -62,11 +71,15 @@ def produce(given, KEYS: gl.constexpr, RUNS: gl.constexpr, C: gl.constexpr):
             put(queries, turn * CONSUMERS + c, q, batch, head, start + c * C.R, C.Q_SLOTS)
         t0, t1, t2, t3 = KEYS(mask, batch, head, start, n_queries, n_keys, C.BM, C.BN, RUNS)
         n = gl.maximum(t3 - t0, 1)
-        for x in range(n):
+        kv_head = head // group
+        key = edges_first(0, t0, t1, t2, t3) * C.BN
+        put(keys, done, k, batch, kv_head, key, C.SLOTS)
+        for x in range(1, n):
+            before = key
             key = edges_first(x, t0, t1, t2, t3) * C.BN
-            put(keys, done + x, k, batch, head // group, key, C.SLOTS)
-            put(values, done + x, v, batch, head // group, key, C.SLOTS)
-        done += n
+            put_both(keys, values, done + x, k, v, batch, kv_head, key, before, C.SLOTS)
+        put(values, done + n, v, batch, kv_head, key, C.SLOTS)
+        done += n + 1
 
 
 @jit
@@ -151,8 +164,7 @@ def consume(
                 lo, hi, batch, head, sizes, mask, of_row, sources, to_log2, consumer,
                 SEEN, RUNS, ADDS, C, x < edges,
             )  # fmt: skip
-        done += n
-        v = take(values, done - 1, C.SLOTS)
+        v = take(values, done + n, C.SLOTS)
         added = warpgroup_mma(p, v, acc, is_async=True)
         l = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, S), assert_trivial=True)
         # A row that sees no key has l = 0: it gives 0 and -inf.
@@ -161,7 +173,8 @@ def consume(
         at = LSE + bh.to(gl.int64) * n_queries + i
         gl.store(at, lse, mask=i < n_queries)
         acc = warpgroup_mma_wait(0, deps=(added,))
-        leave(values, done - 1, C.SLOTS)
+        leave(values, done + n, C.SLOTS)
+        done += n + 1
         acc = acc * softmax.like_rows(inverse, acc)
         # The tile of q is not read any more: the output leaves through its memory.
         own.slice(0, C.DV, 1).store(acc.to(dtype))
@@ -187,18 +200,17 @@ def consume_step(
     if C.IN_TURN:
         await_turn(consumer, x)
     started = start_inner(q, chunks(k, C), C.BN, C)
-    v = take(values, x - 1, C.SLOTS)
+    v = tile_of(values, x, C.SLOTS)
     added = warpgroup_mma(p, v, acc, is_async=True)
     if C.IN_TURN:
         pass_turn(consumer, C.CONSUMERS, x)
     s = warpgroup_mma_wait(1, deps=(started,))
-    leave(keys, x, C.SLOTS)
     s = scored(
         s, i, lo, hi, tile, batch, head, sizes, mask, score, sources, SEEN, RUNS, ADDS, C, masked,
     )  # fmt: skip
     p, m, l, moved, alpha = softmax.step(s, m, l, to_log2, p.dtype, C.DV)
     acc = warpgroup_mma_wait(0, deps=(added,))
-    leave(values, x - 1, C.SLOTS)
+    leave(keys, x, C.SLOTS)
     if moved != 0:
         acc = acc * softmax.like_rows(alpha, acc)
     return m, l, acc, p
@@ -224,8 +236,9 @@ def forward_kernel(
              table_rows, table_row, first, last, origin)  # fmt: skip
     dtype: gl.constexpr = Q.dtype.element_ty
     queries = ring(C.Q_SLOTS, C.R, C.D, 1, 1, dtype)
+    # Keys of a tile come with the values of the one before, as a step needs them.
     keys = ring(C.SLOTS, C.BN, C.D, 1, C.CONSUMERS, dtype)
-    values = ring(C.SLOTS, C.BN, C.DV, 1, C.CONSUMERS, dtype)
+    values = beside(keys, C.BN, C.DV)
     fence_async_shared()
     q_strides = (q_batch, q_head, q_row)
     k_strides = (k_batch, k_head, k_row)

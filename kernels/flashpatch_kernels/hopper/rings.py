@@ -4,6 +4,9 @@ A ring is (tiles, full, free): SLOTS tiles [1, 1, ROWS, D], a barrier for each t
 readers that it is there, and one that tells the producer that they have done with it. Everything
 that goes through a ring has a number, counted from 0: its slot and the phase of its barriers follow
 from that.
+
+Two rings may share their barriers (`beside`): their tiles of one number come and go together. That
+saves a consumer waiting and telling, each of which its warps meet for; a twentieth of a forward.
 """
 
 from flashpatch_kernels.hopper.gluon import fence_async_shared, gl, jit, mbarrier, tma, tma_load
@@ -27,6 +30,16 @@ def ring(
 
 
 @jit
+def beside(ring, ROWS: gl.constexpr, D: gl.constexpr):
+    """A ring of other tiles that come and go together with those of a ring."""
+    tiles, full, free = ring
+    shape: gl.constexpr = (1, 1, ROWS, D)
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(shape, tiles.dtype)
+    others = gl.allocate_shared_memory(tiles.dtype, [tiles.shape[0], 1, 1, ROWS, D], layout)
+    return others, full, free
+
+
+@jit
 def put(ring, number, matrix, batch, head, row, SLOTS: gl.constexpr):
     """Reads a tile of a matrix into its slot, once that is free."""
     tiles, full, free = ring
@@ -34,6 +47,20 @@ def put(ring, number, matrix, batch, head, row, SLOTS: gl.constexpr):
     mbarrier.wait(free.index(slot), (number // SLOTS & 1) ^ 1)
     mbarrier.expect(full.index(slot), matrix.block_type.nbytes)
     tma_load(matrix, [batch, head, row, 0], full.index(slot), tiles.index(slot))
+
+
+@jit
+def put_both(
+    ring, other, number, matrix, other_matrix, batch, head, row, other_row, SLOTS: gl.constexpr
+):  # fmt: skip
+    """As `put`, of a tile of each of two rings that share their barriers."""
+    tiles, full, free = ring
+    slot = number % SLOTS
+    mbarrier.wait(free.index(slot), (number // SLOTS & 1) ^ 1)
+    nbytes: gl.constexpr = matrix.block_type.nbytes + other_matrix.block_type.nbytes
+    mbarrier.expect(full.index(slot), nbytes)
+    tma_load(matrix, [batch, head, row, 0], full.index(slot), tiles.index(slot))
+    tma_load(other_matrix, [batch, head, other_row, 0], full.index(slot), other[0].index(slot))
 
 
 @jit
@@ -47,10 +74,14 @@ def put_numbers(ring, numbers, number, at, inside, default: gl.constexpr, SLOTS:
 @jit
 def take(ring, number, SLOTS: gl.constexpr):
     """The tile of a number, [ROWS, D], once it is there."""
-    tiles, full, _ = ring
-    slot = number % SLOTS
-    mbarrier.wait(full.index(slot), number // SLOTS & 1)
-    tile = tiles.index(slot)
+    mbarrier.wait(ring[1].index(number % SLOTS), number // SLOTS & 1)
+    return tile_of(ring, number, SLOTS)
+
+
+@jit
+def tile_of(ring, number, SLOTS: gl.constexpr):
+    """The tile of a number, [ROWS, D], that is known to be there."""
+    tile = ring[0].index(number % SLOTS)
     return tile.reshape([tile.shape[2], tile.shape[3]])
 
 
