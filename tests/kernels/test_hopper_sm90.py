@@ -82,7 +82,7 @@ LOCAL_BYTES = {
 # Of it, the loads and stores within the loops over tiles, of all warpgroups together.
 HOT_SPILLS = {
     ("joint_kernel", 128, "causal"): 4,
-    ("joint_kernel", 128, "intervals"): 12,
+    ("joint_kernel", 128, "intervals"): 13,
     ("joint_kernel", 128, "runs"): 2,
     # Of a step's 900 instructions some 50 of each consumer; half of them for edges only.
     ("joint_kernel", 128, "runs", "slopes"): 196,
