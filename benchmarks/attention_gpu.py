@@ -117,7 +117,11 @@ def main() -> None:
     parser.add_argument("--rep", type=int, default=60, help="milliseconds a measurement")
     parser.add_argument("--commit", default=commit())
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--deterministic", action="store_true", help="those of torch's algorithms")
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="those of torch's algorithms; cuDNN has none, so without it in --impls",
+    )
     arguments = parser.parse_args()
     torch.use_deterministic_algorithms(arguments.deterministic)
     implementations = {name: IMPLEMENTATIONS[name]() for name in arguments.impls}

@@ -63,9 +63,7 @@ def produce(given, KEYS: gl.constexpr, RUNS: gl.constexpr, C: gl.constexpr):
     CONSUMERS: gl.constexpr = C.CONSUMERS
     done = 0
     for turn in range(turns(n_tiles, n_batch * n_heads, C.PAIRED)):
-        tile, bh = place(turn, n_tiles, n_batch * n_heads, C.PAIRED)
-        batch = bh // n_heads
-        head = bh % n_heads
+        tile, _, batch, head = place(turn, n_tiles, n_batch, n_heads, C.PAIRED)
         start = tile * C.BM
         for c in gl.static_range(CONSUMERS):
             put(queries, turn * CONSUMERS + c, q, batch, head, start + c * C.R, C.Q_SLOTS)
@@ -123,9 +121,7 @@ def consume(
     if C.IN_TURN and consumer == CONSUMERS - 1:
         pass_turn(consumer, CONSUMERS, done)
     for turn in range(turns(n_tiles, n_batch * n_heads, C.PAIRED)):
-        tile, bh = place(turn, n_tiles, n_batch * n_heads, C.PAIRED)
-        batch = bh // n_heads
-        head = bh % n_heads
+        tile, bh, batch, head = place(turn, n_tiles, n_batch, n_heads, C.PAIRED)
         start = tile * C.BM
         t0, t1, t2, t3 = KEYS(mask, batch, head, start, n_queries, n_keys, C.BM, C.BN, RUNS)
         n = gl.maximum(t3 - t0, 1)

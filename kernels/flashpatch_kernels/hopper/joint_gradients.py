@@ -38,8 +38,11 @@ from flashpatch_kernels.hopper.scheduling import place, step_place, turns
 from flashpatch_kernels.hopper.weights import weights
 from flashpatch_kernels.triton import scores
 
-# Of a thread that collects dQ: what two consumers of 208 and a producer of 24 leave of 512.
-COLLECT_REGISTERS = gl.constexpr(72)
+
+@constexpr_function
+def registers_left(C):
+    """Of a thread that collects dQ: of 512, what those of consumers and a producer's 24 leave."""
+    return 512 - 24 - C.CONSUMERS * C.REGISTERS
 
 
 @jit
@@ -58,9 +61,7 @@ def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
     within = gl.arange(0, C.BM, gl.BlockedLayout([1], [32], [4], [0]))
     done = 0
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
-        tile, bg = place(turn, n_tiles, n_batch * kv_heads, C.PAIRED)
-        batch = bg // kv_heads
-        g = bg % kv_heads
+        tile, _, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
         start = tile * C.BN
         for c in gl.static_range(CONSUMERS):
             put(keys, turn * CONSUMERS + c, k, batch, g, start + c * C.R, CONSUMERS)
@@ -121,9 +122,7 @@ def collect(given, QUERIES: gl.constexpr, C: gl.constexpr):
     dq_matrix = matrix(DQ, dq_strides, n_batch, n_heads, n_queries, C.SIZE, C.BM, C.D)
     done = 0
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
-        tile, bg = place(turn, n_tiles, n_batch * kv_heads, C.PAIRED)
-        batch = bg // kv_heads
-        g = bg % kv_heads
+        tile, _, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
         t0, t1, t2, t3 = QUERIES(mask, batch, g, tile * C.BN, n_queries, n_keys, C.BM, C.BN)
         n = gl.maximum(t3 - t0, 1)
         for c in gl.static_range(CONSUMERS):
@@ -206,9 +205,7 @@ def consume(
     dv_matrix = matrix(DV, dv_strides, n_batch, kv_heads, n_keys, C.SIZE, C.R, C.D)
     done = 0
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
-        tile, bg = place(turn, n_tiles, n_batch * kv_heads, C.PAIRED)
-        batch = bg // kv_heads
-        g = bg % kv_heads
+        tile, _, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
         start = tile * C.BN
         t0, t1, t2, t3 = QUERIES(mask, batch, g, start, n_queries, n_keys, C.BM, C.BN)
         edges = gl.maximum(t1 - t0 + t3 - t2, 1)
@@ -312,7 +309,7 @@ def joint_kernel(
                 (collect, (collected, QUERIES, C)),
             ],
             [4, 4, 4],
-            [C.REGISTERS, C.REGISTERS, COLLECT_REGISTERS],
+            [C.REGISTERS, C.REGISTERS, registers_left(C)],
         )
     else:
         gl.warp_specialize(

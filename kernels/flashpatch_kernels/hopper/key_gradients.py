@@ -43,9 +43,7 @@ def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
     within = gl.arange(0, C.BM, gl.BlockedLayout([1], [32], [4], [0]))
     done = 0
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
-        tile, bg = place(turn, n_tiles, n_batch * kv_heads, C.PAIRED)
-        batch = bg // kv_heads
-        g = bg % kv_heads
+        tile, _, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
         start = tile * C.BN
         t0, t1, t2, t3 = QUERIES(mask, batch, g, start, n_queries, n_keys, C.BM, C.BN)
         n = gl.maximum(t3 - t0, 1)
@@ -115,9 +113,7 @@ def weigh(
     dv_matrix = matrix(DV, dv_strides, n_batch, kv_heads, n_keys, C.VALUE_SIZE, C.BN, C.DV)
     done = 0
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
-        tile, bg = place(turn, n_tiles, n_batch * kv_heads, C.PAIRED)
-        batch = bg // kv_heads
-        g = bg % kv_heads
+        tile, _, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
         start = tile * C.BN
         t0, t1, t2, t3 = QUERIES(mask, batch, g, start, n_queries, n_keys, C.BM, C.BN)
         edges = gl.maximum(t1 - t0 + t3 - t2, 1)
@@ -180,9 +176,7 @@ def differentiate(given, QUERIES: gl.constexpr, C: gl.constexpr):
     dk_matrix = matrix(DK, dk_strides, n_batch, kv_heads, n_keys, C.SIZE, C.BN, C.D)
     done = 0
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
-        tile, bg = place(turn, n_tiles, n_batch * kv_heads, C.PAIRED)
-        batch = bg // kv_heads
-        g = bg % kv_heads
+        tile, _, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
         start = tile * C.BN
         t0, _, _, t3 = QUERIES(mask, batch, g, start, n_queries, n_keys, C.BM, C.BN)
         dks = nothing_yet(C.D, C)

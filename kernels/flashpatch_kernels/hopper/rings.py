@@ -13,14 +13,20 @@ from flashpatch_kernels.hopper.gluon import fence_async_shared, gl, jit, mbarrie
 
 
 @jit
+def slots(SLOTS: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, dtype: gl.constexpr):
+    """Room for so many tiles."""
+    shape: gl.constexpr = (1, 1, ROWS, D)
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(shape, dtype)
+    return gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, ROWS, D], layout)
+
+
+@jit
 def ring(
     SLOTS: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr,
     WRITERS: gl.constexpr, READERS: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """A ring of empty slots, full after WRITERS arrivals and read by READERS partitions."""
-    shape: gl.constexpr = (1, 1, ROWS, D)
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(shape, dtype)
-    tiles = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, ROWS, D], layout)
+    tiles = slots(SLOTS, ROWS, D, dtype)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
@@ -33,10 +39,7 @@ def ring(
 def beside(ring, ROWS: gl.constexpr, D: gl.constexpr):
     """A ring of other tiles that come and go together with those of a ring."""
     tiles, full, free = ring
-    shape: gl.constexpr = (1, 1, ROWS, D)
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(shape, tiles.dtype)
-    others = gl.allocate_shared_memory(tiles.dtype, [tiles.shape[0], 1, 1, ROWS, D], layout)
-    return others, full, free
+    return slots(tiles.shape[0], ROWS, D, tiles.dtype), full, free
 
 
 @jit

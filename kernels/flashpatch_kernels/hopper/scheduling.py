@@ -32,22 +32,22 @@ def turns(n_tiles, n_heads, PAIRED: gl.constexpr):
 
 
 @jit
-def place(turn, n_tiles, n_heads, PAIRED: gl.constexpr):
-    """Tile and head, among those of all rows of the batch, of this program's turn."""
+def place(turn, n_tiles, n_batch, n_heads, PAIRED: gl.constexpr):
+    """Tile of this program's turn, and its head: among all, then as row of the batch and in it."""
     programs = gl.num_programs(0)
     seat = gl.program_id(0)
     if PAIRED:
         half = n_tiles // 2
-        in_pairs = 2 * share(n_heads * half, seat)
+        in_pairs = 2 * share(n_batch * n_heads * half, seat)
         unit = turn // 2 * programs + seat
         at = unit % gl.maximum(half, 1)
-        tile = gl.where(turn % 2 == 0, n_tiles - 1 - at, at)
-        head = unit // gl.maximum(half, 1)
         alone = (turn - in_pairs) * programs + programs - 1 - seat
-        return gl.where(turn < in_pairs, tile, half), gl.where(turn < in_pairs, head, alone)
+        tile = gl.where(turn < in_pairs, gl.where(turn % 2 == 0, n_tiles - 1 - at, at), half)
+        bh = gl.where(turn < in_pairs, unit // gl.maximum(half, 1), alone)
     else:
         unit = turn * programs + seat
-        return unit % n_tiles, unit // n_tiles
+        tile, bh = unit % n_tiles, unit // n_tiles
+    return tile, bh, bh // n_heads, bh % n_heads
 
 
 @jit
