@@ -1,6 +1,7 @@
 """What all tests share: the rule of tolerance, and memory that shows what nobody wrote."""
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from flashpatch import dispatch
-from flashpatch_kernels.engines import TILED
+from flashpatch_kernels.engines import TILED, TRITON_INSTALLED
 
 # The same examples in every run, and no deadline on machines that do other things beside.
 settings.register_profile("tests", derandomize=True, deadline=None, database=None)
@@ -88,9 +89,12 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return poisoned
 
-    for owner, names in (
+    makers: list[tuple[Any, tuple[str, ...]]] = [
         (torch, ("empty", "empty_like", "empty_strided")),
         (Tensor, ("new_empty", "new_empty_strided")),
-    ):
+    ]
+    if TRITON_INSTALLED:
+        makers.append((import_module("flashpatch_kernels.triton.memory"), ("empty",)))
+    for owner, names in makers:
         for name in names:
             monkeypatch.setattr(owner, name, poison(getattr(owner, name)))

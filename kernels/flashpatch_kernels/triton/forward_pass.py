@@ -159,16 +159,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     Returns:
         Output (B, H, N, Dv), laid out as (B, N, H, Dv), and lse, fp32 (B, H, N).
     """
-    q, k, v = launching.readable(q), launching.readable(k), launching.readable(v)
-    out, lse = launching.outputs(q, v)
-    if lse.numel() == 0:
-        return out, lse
-    if k.shape[2] == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
-    plan = plans.plan_of(forward_kernel, (q, k, v), options)
+    plan = plans.plan_of(forward_kernel, q, k, v, options)
+    if not plan.kept:  # perhaps because of rows that are not read as they are
+        q, k, v = launching.readable(q), launching.readable(k), launching.readable(v)
+        plan = plans.plan_of(forward_kernel, q, k, v, options)
     with launching.on(q.device):
+        out, lse = plan.outputs(q, v)
         if plan.again(q, k, v, out, lse, options.sinks) is not None:
             return out, lse
+        if lse.numel() == 0:
+            return out, lse
+        if k.shape[2] == 0:
+            return out.zero_(), lse.fill_(float("-inf"))
         call = launching.Setup.of(q, k, v, (out,), options)
         tile, fixed = call.tuned("forward")
         n_batch, n_heads, group, n_queries, n_keys = call.sizes

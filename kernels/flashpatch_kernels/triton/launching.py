@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashpatch_kernels import dropout, masks, tuning
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import tile_masks
+from flashpatch_kernels.triton import memory, tile_masks
 from flashpatch_kernels.tuning import Tile
 
 INTERPRET = triton.knobs.runtime.interpret
@@ -174,23 +174,39 @@ def precision(dtype: torch.dtype) -> str:
     """How products are taken: in full precision unless torch was told that less will do."""
     if INTERPRET:
         return "upcast"
-    three_tf32 = torch.get_float32_matmul_precision() != "highest" and torch.version.hip is None
-    return "tf32x3" if dtype == torch.float32 and three_tf32 else "ieee"
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32x3"
 
 
 def readable(t: Tensor) -> Tensor:
-    """The tensor, or a copy where rows are not contiguous or too far apart for 32-bit offsets."""
-    *_, row, element = t.stride()
-    return t if element == 1 and row < 1 << 22 else t.contiguous()
+    """The tensor, or a copy where kernels cannot read its rows."""
+    return t if rows_readable(t.stride()) else t.contiguous()
 
 
-def outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for the output (B, H, N, Dv), laid out as (B, N, H, Dv), and lse, fp32 (B, H, N)."""
+def rows_readable(strides: tuple[int, ...]) -> bool:
+    """Whether rows are contiguous and near enough to each other for 32-bit offsets."""
+    return strides[-1] == 1 and strides[-2] < 1 << 22
+
+
+class Layout(NamedTuple):
+    """What memory is allocated by."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def output_layouts(q: Tensor, v: Tensor) -> tuple[Layout, Layout]:
+    """Of the output (B, H, N, Dv), laid out as (B, N, H, Dv), and of lse, fp32 (B, H, N)."""
     n_batch, n_heads, n_queries, _ = q.shape
     dv = v.shape[3]
     row = n_heads * dv
-    out = q.new_empty_strided((n_batch, n_heads, n_queries, dv), (n_queries * row, dv, row, 1))
-    return out, q.new_empty(n_batch, n_heads, n_queries, dtype=torch.float32)
+    size, rows = (n_batch, n_heads, n_queries, dv), (n_heads * n_queries, n_queries, 1)
+    return (
+        Layout(size, (n_queries * row, dv, row, 1), q.dtype),
+        Layout(size[:3], rows, torch.float32),
+    )
 
 
 def strides(t: Tensor) -> list[int]:
@@ -393,7 +409,8 @@ def passes(
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """The context in which kernels go to the device's own card."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    # Only a card has a number; to ask for the type would take longer.
+    if device.index is None or device.index == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(device)
 
@@ -403,7 +420,7 @@ _HERE = nullcontext()
 
 def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     """Memory for the descriptors that a kernel makes, from torch's allocator."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+    return memory.empty_bytes(size, torch.device("cuda", torch.cuda.current_device()))
 
 
 def launch(kernel: Any, n_programs: int, tile: Tile, *arguments: Any) -> Any:
@@ -451,14 +468,27 @@ def start(compiled: Any, n_programs: int, tile: Tile, arguments: Sequence[Any]) 
     """
     if tile.tma:
         triton.set_allocator(scratch)
-    before, after = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-    if getattr(before, "calls", True) or getattr(after, "calls", True):
+    if watched():
         compiled[(n_programs, 1, 1)](*arguments)
         return
     driver = triton.runtime.driver.active
     stream = driver.get_current_stream(driver.get_current_device())
+    run(compiled.run, compiled, n_programs, stream, arguments)
+
+
+def watched() -> bool:
+    """Whether a hook of Triton's wants to be told of launches."""
+    runtime = triton.knobs.runtime
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(before, "calls", True) or getattr(after, "calls", True))
+
+
+def run(
+    launcher: Any, compiled: Any, n_programs: int, stream: Any, arguments: Sequence[Any]
+) -> None:
+    """Has a launcher of Triton's start what was compiled, and tell nobody."""
     told_and_hooks = (None, None, None)
-    compiled.run(
+    launcher(
         *(n_programs, 1, 1, stream, compiled.function, compiled.packed_metadata, *told_and_hooks),
         *arguments,
     )

@@ -1,7 +1,7 @@
 """Launches that alike calls share: calls that differ in nothing but their tensors' memory.
 
 What a kernel is launched with follows from shapes, strides and options, and finding it takes longer
-than anything else. So the first of alike calls leaves it here, and the others only bring tensors.
+than anything else. So the first of alike calls leaves it here, and the others only bring addresses.
 """
 
 from functools import lru_cache
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flashpatch_kernels.masks import Band
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import launching
+from flashpatch_kernels.triton import launching, memory
+from flashpatch_kernels.triton.relaunching import Launch
 from flashpatch_kernels.tuning import Tile
 
 
@@ -24,18 +25,21 @@ class Plan:
 
     def __init__(self, *, kept: bool) -> None:
         self.kept = kept
-        self._launch: tuple[Any, int, Tile, list[Any], list[int]] | None = None
+        self._launch: Launch | None = None
+        self._outputs: tuple[launching.Layout, launching.Layout] | None = None
+
+    def outputs(self, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory for output and lse, on the tensors' device; a card must be the current one."""
+        if self._outputs is None:
+            self._outputs = launching.output_layouts(q, v)
+        out, lse = self._outputs
+        return memory.empty(*out, q.device), memory.empty(*lse, q.device)
 
     def launch(self, kernel: Any, n_programs: int, tile: Tile, *arguments: Any) -> None:
         """Makes a launch, as `launching.launch` does, and keeps it."""
         compiled = launching.launch(kernel, n_programs, tile, *arguments)
-        if compiled is None or not self.kept:
-            return
-        places = [at for at, x in enumerate(arguments) if isinstance(x, Tensor)]
-        rest = list(arguments)
-        for at in places:
-            rest[at] = None
-        self._launch = compiled, n_programs, tile, rest, places
+        if compiled is not None and self.kept:
+            self._launch = Launch(compiled, n_programs, tile, arguments)
 
     def again(self, *tensors: Tensor | None) -> Any:
         """Makes the launch that was kept, if there is one, with other tensors.
@@ -48,38 +52,36 @@ class Plan:
         """
         if self._launch is None:
             return None
-        compiled, n_programs, tile, rest, places = self._launch
-        arguments = rest.copy()
-        for at, x in zip(places, [x for x in tensors if x is not None], strict=True):
-            arguments[at] = x
-        launching.start(compiled, n_programs, tile, arguments)
-        return compiled
+        self._launch.make(*tensors)
+        return self._launch.compiled
 
 
-def plan_of(kernel: Any, tensors: tuple[Tensor, ...], options: Options) -> Plan:
+def plan_of(kernel: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Plan:
     """The plan that alike calls of a kernel share; one of its own for a call that shares none.
 
-    Shared are those under a Band and without terms but sinks.
-
-    Args:
-        tensors: What the call is given, on one device. Those that it makes follow from these, and
-            lie at multiples of 16 bytes, as all that torch allocates.
+    Shared are those under a Band and without terms but sinks, of tensors that are read as they are.
+    The tensors that such a call makes follow from those that it is given, and lie at multiples of
+    16 bytes, as all that torch allocates.
     """
-    o, mask = options, options.mask
+    o, mask, sinks = options, options.mask, options.sinks
     relative = o.relative_queries or o.relative_keys or o.relative_values
     bare = o.table is o.slopes is o.bias is o.score is relative is None and not o.dropout
     if not bare or not isinstance(mask, Band):
         return Plan(kept=False)
-    if o.sinks is not None:
-        tensors = (*tensors, o.sinks)
     return shared(
-        *(id(kernel), tensors[0].device, launching.precision(tensors[0].dtype)),
-        *[(t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors],
+        (_layout(q), _layout(k), _layout(v)),
+        None if sinks is None else _layout(sinks),
+        *(id(kernel), q.device, launching.precision(q.dtype)),
         *(mask.left, mask.right, mask.offset, o.scale, o.softcap),
     )
 
 
 @lru_cache(1024)
-def shared(*alike: Any) -> Plan:
+def shared(given: tuple[tuple[Any, ...], ...], *alike: Any) -> Plan:
     """One plan for all calls that are alike in this; those longest unused are forgotten."""
-    return Plan(kept=True)
+    return Plan(kept=all(launching.rows_readable(stride) for _, stride, *_ in given))
+
+
+def _layout(t: Tensor) -> tuple[Any, ...]:
+    """What of a tensor decides about a launch."""
+    return t.shape, t.stride(), t.dtype, t.data_ptr() % 16
