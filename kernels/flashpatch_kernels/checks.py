@@ -26,18 +26,21 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise TypeError(f"{name} must be of a floating point dtype, not {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}")
-        if computing_dtype(x) != computing_dtype(q):
+        if x.dtype != q.dtype and computing_dtype(x) != computing_dtype(q):
             raise TypeError(f"{name} is {x.dtype}, q is {q.dtype}")
-    if not q.shape[0] == k.shape[0] == v.shape[0]:
+    batch, heads, _, head_size = q.shape
+    k_batch, kv_heads, n_keys, k_size = k.shape
+    v_batch, v_heads, n_values, value_size = v.shape
+    if not batch == k_batch == v_batch:
         raise ValueError(f"q, k and v differ in batch: {size(q)}, {size(k)}, {size(v)}")
-    if k.shape[1:3] != v.shape[1:3]:
+    if kv_heads != v_heads or n_keys != n_values:
         raise ValueError(f"k and v differ in heads or length: {size(k)}, {size(v)}")
-    if q.shape[3] != k.shape[3]:
+    if head_size != k_size:
         raise ValueError(f"q and k differ in head size: {size(q)}, {size(k)}")
-    if 0 in (q.shape[3], v.shape[3]):
+    if 0 in (head_size, value_size):
         raise ValueError(f"a head size is 0: {size(q)}, {size(v)}")
-    if q.shape[1] % k.shape[1] if k.shape[1] else q.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
+    if heads % kv_heads if kv_heads else heads:
+        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key heads")
 
 
 def to_mask(
@@ -189,6 +192,8 @@ def to_table(
     table: Tensor | None, first: int | None, q: Tensor, k: Tensor
 ) -> tuple[Tensor | None, int | None]:
     """The table, and the distance of its entry 0 where that is not the least one."""
+    if table is first is None:
+        return None, None
     if first is None:
         return to_term("table", table, (q.shape[1], q.shape[2] + k.shape[2] - 1), q), None
     if not isinstance(first, int) or isinstance(first, bool):

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -106,8 +107,9 @@ class Call:
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor, options: Options, *, lse: bool = False) -> "Call":
         """The record of a call with these tensors."""
-        mask, bias, terms = options.mask, options.bias, options.terms
-        relative = (options.relative_queries, options.relative_keys, options.relative_values)
+        mask, bias = options.mask, options.bias
+        batch, heads, n_queries, head_size = q.shape
+        _, kv_heads, n_keys, _ = k.shape
         dtype = computing_dtype(q)
         alike = all(
             x.device == q.device and (x.dtype == q.dtype or computing_dtype(x) == dtype)
@@ -115,23 +117,23 @@ class Call:
         )
         grad = torch.is_grad_enabled()
         if isinstance(mask, Band):
-            one_row = mask == Band() or q.shape[2] == 1
+            one_row = n_queries == 1 or mask == _FULL
         elif isinstance(mask, Intervals):
             one_row = mask.bounds.shape[1] == 1
         else:
             one_row = mask.allowed.shape[2] == 1
         return Call(
-            device=q.device.type,
+            device=device_type(q),
             capability=_capability(q.device) if q.is_cuda else None,
             dtype=dtype,
             mixed=not alike,
-            aligned=all(_aligned(x) for x in (q, k, v)),
-            batch=q.shape[0],
-            heads=q.shape[1],
-            kv_heads=k.shape[1],
-            n_queries=q.shape[2],
-            n_keys=k.shape[2],
-            head_size=q.shape[3],
+            aligned=_aligned(q) and _aligned(k) and _aligned(v),
+            batch=batch,
+            heads=heads,
+            kv_heads=kv_heads,
+            n_queries=n_queries,
+            n_keys=n_keys,
+            head_size=head_size,
             value_size=v.shape[3],
             mask=type(mask),
             band=mask if isinstance(mask, Band) else None,
@@ -139,35 +141,54 @@ class Call:
             softcap=options.softcap is not None,
             table=options.table is not None,
             slopes=options.slopes is not None,
-            relative=any(x is not None for x in relative),
+            relative=bool(
+                options.relative_queries or options.relative_keys or options.relative_values
+            ),
             score=options.score is not None,
             bias=bias is not None,
             bias_one_row=bias is not None and bias.shape[2] == 1,
             bias_grad=grad and bias is not None and bias.requires_grad,
             sinks=options.sinks is not None,
             dropout=options.dropout,
-            needs_grad=grad and any(x.requires_grad for x in (q, k, v, *terms.values())),
+            needs_grad=grad and any(x.requires_grad for x in (q, k, v, *options.terms.values())),
             lse=lse,
         )
 
 
+_FULL = Band()
+
+
 def _capability(device: torch.device) -> tuple[int, int]:
     """The compute capability, by the one of PyTorch's functions for it that can be traced."""
+    if not torch.compiler.is_compiling():
+        return _known_capability(device)
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor
 
 
+@cache
+def _known_capability(device: torch.device) -> tuple[int, int]:
+    """The same, asked for once: PyTorch's functions take as long as all else that is asked."""
+    return torch.cuda.get_device_capability(device)
+
+
 def _aligned(x: Tensor) -> bool:
     """Whether every row starts at a multiple of 16 bytes, as far as its strides tell."""
-    *strides, last = x.stride()
-    return last == 1 and not any(n * x.element_size() % 16 for n in reversed(strides))
+    batch, head, row, last = x.stride()
+    n = x.element_size()
+    return last == 1 and not (row * n % 16 or head * n % 16 or batch * n % 16)
+
+
+def device_type(x: Tensor) -> str:
+    """The type of a tensor's device; on a card, without the time that its name takes to make."""
+    return "cuda" if x.is_cuda else x.device.type
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which autocast, if it is on, wants an operand of a product."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    device = device_type(x)
+    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
     return x.dtype
 
 
@@ -431,13 +452,15 @@ def choose(call: Call) -> Engine:
     Raises:
         ValueError: No engine can; the message has the reason.
     """
-    able = [engine for engine in ENGINES if why_not(engine, call) is None]
-    for engine in able:
-        if _first_unmet(engine.preferences, call) is None:
-            return engine
-    if not able:
+    able = None
+    for engine in ENGINES:
+        if why_not(engine, call) is None:
+            if _first_unmet(engine.preferences, call) is None:
+                return engine
+            able = able or engine
+    if able is None:
         raise ValueError(f"no engine takes this call: {why_not(TILED, call)}")
-    return able[0]
+    return able
 
 
 def _first_unmet(rows: tuple[Row, ...], call: Call) -> Reason | None:

@@ -140,14 +140,20 @@ class Options:
     @property
     def terms(self) -> dict[str, Tensor]:
         """The differentiable tensors that the call has, by the names of `TERMS`."""
-        found = {name: _get(self, path) for name, path in TERMS.items()}
-        return {name: x for name, x in found.items() if x is not None}
+        found = {}
+        for name, (owner, part) in _PATHS.items():
+            x = getattr(self, owner)
+            if part and x is not None:
+                x = getattr(x, part)
+            if x is not None:
+                found[name] = x
+        return found
 
     def with_terms(self, terms: Mapping[str, Tensor]) -> "Options":
         """The same with other tensors in the place of those named."""
         changed: dict[str, Any] = {}
         for name, x in terms.items():
-            owner, _, part = TERMS[name].partition(".")
+            owner, part = _PATHS[name]
             whole = changed.get(owner, getattr(self, owner))
             changed[owner] = replace(whole, **{part: x}) if part else x
         return replace(self, **changed)
@@ -165,9 +171,5 @@ TERMS = {
     "key_embeddings": "relative_keys.embeddings",
     "value_embeddings": "relative_values.embeddings",
 }
-
-
-def _get(options: Options, path: str) -> Tensor | None:
-    owner, _, part = path.partition(".")
-    x = getattr(options, owner)
-    return getattr(x, part) if part and x is not None else x
+# The same taken apart: the attribute, and what of it, or "".
+_PATHS = {name: path.partition(".")[::2] for name, path in TERMS.items()}
