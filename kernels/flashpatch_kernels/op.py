@@ -17,7 +17,7 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.nn import Parameter
 
 from flashpatch_kernels import checks, masks, reference, sdpa, second_order
-from flashpatch_kernels.engines import Call, choose, computing_dtype
+from flashpatch_kernels.engines import Call, choose, computing_dtype, device_type
 from flashpatch_kernels.masks import Band, Boolean, Intervals, Mask
 from flashpatch_kernels.options import TERMS, Options, Relative, Score
 
@@ -107,16 +107,19 @@ def attention(
     Source: Dao, FlashAttention-2 (2023); the sources of the terms stand in `Options`.
     """
     checks.check_tensors(q, k, v)
+    batch, heads, n_queries, head_size = q.shape
     table, first = checks.to_table(table, first, q, k)
     options = Options(
         mask=checks.to_mask(q, k, causal=causal, window=window, mask=mask),
-        scale=checks.to_scale(scale, q.shape[3]),
+        scale=checks.to_scale(scale, head_size),
         softcap=checks.to_softcap(softcap),
         table=table,
         first=first,
-        slopes=checks.to_term("slopes", slopes, (q.shape[1],), q),
-        bias=checks.to_term("bias", bias, (*q.shape[:3], k.shape[2]), q, broadcast=(0, 1, 2)),
-        sinks=checks.to_term("sinks", sinks, (q.shape[1],), q),
+        slopes=checks.to_term("slopes", slopes, (heads,), q),
+        bias=checks.to_term(
+            "bias", bias, (batch, heads, n_queries, k.shape[2]), q, broadcast=(0, 1, 2)
+        ),
+        sinks=checks.to_term("sinks", sinks, (heads,), q),
         relative_queries=checks.to_relative("relative_queries", relative_queries, q, None, q),
         relative_keys=checks.to_relative("relative_keys", relative_keys, k, None, q),
         relative_values=checks.to_relative("relative_values", relative_values, None, v.shape[3], q),
@@ -193,7 +196,7 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, options: Options, engine: str
 ) -> tuple[Tensor, Tensor | None]:
     """The output and lse of one call on the named engine; unchecked. `sdpa` gives no lse."""
-    if torch.is_autocast_enabled(q.device.type):
+    if torch.is_autocast_enabled(device_type(q)):
         q, k, v = (x.to(computing_dtype(x)) for x in (q, k, v))
     if engine != "reference" and 0 in (*q.shape[:3], k.shape[2]):
         engine = "tiled"
@@ -201,12 +204,11 @@ def run(
         return sdpa.attention(q, k, v, options), None
     if engine == "reference":
         return reference.attention(q, k, v, options)
-    arguments = (q, k, v, engine, *_flat(options))
     if torch.compiler.is_compiling() or _watched(q):
-        return torch.ops.flashpatch.forward.default(*arguments)
+        return torch.ops.flashpatch.forward.default(q, k, v, engine, *_flat(options))
     if torch.is_grad_enabled():
-        return _Attention.apply(*arguments)
-    return _forward(*arguments)
+        return _Attention.apply(q, k, v, engine, options, *options.terms.values())
+    return _compute(q, k, v, engine, options)
 
 
 def _watched(q: Tensor) -> bool:
@@ -217,7 +219,7 @@ def _watched(q: Tensor) -> bool:
     """
     return (
         type(q) not in (Tensor, Parameter)
-        or q.device.type == "meta"
+        or q.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
         or _functorch.peek_interpreter_stack() is not None
     )
@@ -307,8 +309,14 @@ library.define(
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, engine: str, *options: Any) -> tuple[Tensor, Tensor]:
+    return _compute(q, k, v, engine, _record(*options))
+
+
+def _compute(
+    q: Tensor, k: Tensor, v: Tensor, engine: str, options: Options
+) -> tuple[Tensor, Tensor]:
     with _without_autocast(q):
-        return _module(engine).forward(q, k, v, _record(*options))
+        return _module(engine).forward(q, k, v, options)
 
 
 def _backward(
@@ -344,8 +352,9 @@ def _module(engine: str) -> Any:
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Inside, products keep the dtype of their operands: an engine chooses it by itself."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
+    device = device_type(x)
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
     return nullcontext()
 
 
@@ -405,37 +414,51 @@ def _together(plain: list[Any], tensors: Sequence[Tensor]) -> list[Any]:
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, lse, *tensors = ctx.saved_tensors
-    options = _together(ctx.options, tensors)
     wanted = ctx.needs_input_grad
-    needs = [name for name, at in _DIFFERENTIABLE.items() if wanted[at]]
-    grads: list[Any] = [None] * 4 + _none_of(options)
+    found = _gradients(ctx, [x for x, at in _DIFFERENTIABLE.items() if wanted[at]], dout, dlse)
+    grads: list[Any] = [None] * 4 + _none_of(ctx.options)
+    for name, grad in found.items():
+        grads[_DIFFERENTIABLE[name]] = grad
+    return tuple(grads)
+
+
+def _gradients(
+    ctx: Any, needs: list[str], dout: Tensor | None, dlse: Tensor | None
+) -> dict[str, Tensor]:
+    """What was saved, differentiated by these of its tensors."""
     if dout is None and dlse is None:
-        return tuple(grads)
+        return {}
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
     # With gradients enabled, the gradients are to be differentiated again.
     watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or _watched(q)
     backward = torch.ops.flashpatch.backward.default if watched else _backward
+    options = _together(ctx.options, tensors)
     found = backward(dout, dlse, q, k, v, out, lse, ctx.engine, needs, *options)
-    for name, grad in zip(needs, found, strict=True):
-        grads[_DIFFERENTIABLE[name]] = grad
-    return tuple(grads)
+    return dict(zip(needs, found, strict=True))
 
 
 class _Attention(torch.autograd.Function):
-    """The operators' formula without what the operators and their registration cost."""
+    """The operators' formula without what the operators and their registration cost.
+
+    Autograd sees tensors that are arguments, not those in a record: its terms come once more.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        output = _forward(*arguments)
-        _save(ctx, arguments, output)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, engine: str, options: Options, *_terms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        output = _compute(q, k, v, engine, options)
+        _save(ctx, (q, k, v, engine, *_flat(options)), output)
+        ctx.names = ("q", "k", "v", None, None, *options.terms)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        found = _differentiate(ctx, *grads)
-        return tuple(None if isinstance(x, list) else x for x in found)
+        pairs = zip(ctx.names, ctx.needs_input_grad, strict=True)
+        found = _gradients(ctx, [name for name, wanted in pairs if wanted], *grads)
+        return tuple(found.get(name) for name in ctx.names)
 
 
 def _none_of(options: list[Any]) -> list[Any]:

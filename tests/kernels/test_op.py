@@ -14,7 +14,7 @@ from beartype import beartype
 from torch.utils.checkpoint import checkpoint
 
 import flashpatch_kernels
-from flashpatch_kernels import attention, checks, op, reference
+from flashpatch_kernels import attention, checks, op, reference, tiled
 from flashpatch_kernels.masks import Band, Boolean, Intervals, key_mask
 from flashpatch_kernels.options import Options, Relative, Score
 
@@ -735,3 +735,19 @@ assert not torch.cuda.is_initialized()
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert float(answer.stdout) < 0.2
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_an_engine_gets_the_record_of_options_itself(monkeypatch, needs_grad):
+    given = []
+
+    def forward(*arguments):
+        given.append(arguments[3])
+        return tiled.forward(*arguments)
+
+    monkeypatch.setattr(op, "_module", lambda _: SimpleNamespace(forward=forward))
+    q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=needs_grad) for _ in range(3))
+    options = Options(sinks=torch.randn(2))
+    with torch.set_grad_enabled(needs_grad):
+        op.run(q, k, v, options, "tiled")
+    assert given[0] is options
