@@ -69,7 +69,7 @@ CREWS: dict[tuple[CrewPass, int, int], Crew] = {
     ("forward", 128, 128): Crew(2, 128, 128, 2, 4, 240, in_turn=True),
     ("forward", 256, 128): Crew(2, 128, 64, 3, 2, 240, in_turn=True),
     ("forward", 256, 256): Crew(2, 128, 64, 2, 2, 240, in_turn=True),
-    ("dqdkdv", 64, 64): Crew(2, 128, 128, 2, 1, 208),
+    ("dqdkdv", 64, 64): Crew(2, 128, 64, 4, 1, 192),
     ("dqdkdv", 128, 128): Crew(2, 128, 64, 2, 1, 208),
     ("dkdv", 64, 64): Crew(2, 128, 128, 3, 1, 240),
     ("dkdv", 128, 128): Crew(2, 128, 64, 3, 1, 240),

@@ -65,12 +65,12 @@ LOCAL_BYTES = {
     ("forward_kernel", 128, "runs", "slopes"): 40,
     ("forward_kernel", 256, "causal", "slopes"): 56,
     ("joint_kernel", 64, "band"): 16,
-    ("joint_kernel", 64, "runs"): 24,
+    ("joint_kernel", 64, "runs"): 56,
     ("joint_kernel", 128, "causal"): 48,
     ("joint_kernel", 128, "intervals"): 64,
-    ("joint_kernel", 128, "runs"): 64,
-    ("joint_kernel", 64, "causal", "slopes"): 40,
-    ("joint_kernel", 128, "runs", "slopes"): 192,
+    ("joint_kernel", 128, "runs"): 72,
+    ("joint_kernel", 64, "causal", "slopes"): 16,
+    ("joint_kernel", 128, "runs", "slopes"): 216,
     ("key_kernel", 128, "runs", "softcap"): 104,
     ("query_kernel", 128, "runs", "softcap"): 72,
     ("query_kernel", 256, "band"): 32,
@@ -81,11 +81,12 @@ LOCAL_BYTES = {
 
 # Of it, the loads and stores within the loops over tiles, of all warpgroups together.
 HOT_SPILLS = {
+    ("joint_kernel", 64, "runs"): 2,
     ("joint_kernel", 128, "causal"): 4,
     ("joint_kernel", 128, "intervals"): 13,
     ("joint_kernel", 128, "runs"): 2,
     # Of a step's 900 instructions some 50 of each consumer; half of them for edges only.
-    ("joint_kernel", 128, "runs", "slopes"): 196,
+    ("joint_kernel", 128, "runs", "slopes"): 161,
     ("key_kernel", 128, "runs", "softcap"): 14,
     ("query_kernel", 128, "runs", "softcap"): 18,
     ("query_kernel", 256, "runs"): 3,

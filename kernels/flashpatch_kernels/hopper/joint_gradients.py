@@ -4,10 +4,13 @@ A program owns BN keys, R of each consumer, and reads BM queries at a time. For 
 a consumer computes, in the letters of `triton.backward_pass`,
     S^T = K Q^T     dP^T = V dO^T     P^T, dS^T in registers
     dV += P^T dO    dK += dS^T Q
-and hands dS on through shared memory, because dQ = dS K sums over the keys of all consumers: one
-more warpgroup multiplies it and adds it to a matrix in float32, by the copy engine. That is in no
-fixed order, so that the last bits of dQ may differ from run to run; dK and dV are the same every
-time. Without that matrix dQ is left to `query_gradients`.
+and hands dS on through shared memory, because dQ sums over the keys of all consumers: one more
+warpgroup multiplies dQ^T = K^T dS^T and adds it to a matrix in float32, by the copy engine. That is
+in no fixed order, so that the last bits of dQ may differ from run to run; dK and dV are the same
+every time. Without that matrix dQ is left to `query_gradients`.
+
+What bounds it is shared memory, which products read. Heads of 64 leave room in registers for what
+is the same for all tiles of queries: keys and values (see `roomy`).
 
 Programs of one head run at the same time. Each begins with another tile of queries, because the
 memory that they add dQ to would else be the same for all of them.
@@ -32,11 +35,24 @@ from flashpatch_kernels.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from flashpatch_kernels.hopper.products import anew, chunks, operand, start_inner, times_unpacked
+from flashpatch_kernels.hopper.products import (
+    anew,
+    chunks,
+    held,
+    operand,
+    start_inner,
+    times_unpacked,
+)
 from flashpatch_kernels.hopper.rings import give, leave, matrix, put, put_numbers, ring, take
 from flashpatch_kernels.hopper.scheduling import place, step_place, turns
 from flashpatch_kernels.hopper.weights import weights
 from flashpatch_kernels.triton import scores
+
+
+@constexpr_function
+def roomy(C):
+    """Whether registers hold, beside dK and dV, the keys, the values, and P until dS is known."""
+    return C.D <= 64 and C.BM <= 64
 
 
 @constexpr_function
@@ -49,7 +65,7 @@ def registers_left(C):
 def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
     """Reads what consumers need for every tile of keys of this program."""
     (Q, K, V, DO, STATS, q_strides, k_strides, v_strides, do_strides, sizes, mask,
-     n_tiles, queries, douts, keys, values, lse, delta) = given  # fmt: skip
+     n_tiles, queries, douts, keys, values, lse, minus_delta) = given  # fmt: skip
     n_batch, n_heads, group, n_queries, n_keys = sizes
     kv_heads = n_heads // group
     CONSUMERS: gl.constexpr = C.CONSUMERS
@@ -72,53 +88,50 @@ def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
             head, row = step_place(y, tile, g * group, n, t0, t1, t2, t3, C.BM)
             i = row + within
             at = STATS + (batch * n_heads + head).to(gl.int64) * n_queries + i
+            # Read before their slots are free, because either takes its time.
+            its_lse = gl.load(at, mask=i < n_queries, other=float("inf"))
+            its_delta = gl.load(at + n_rows, mask=i < n_queries, other=0.0)
             put(queries, done + y, q, batch, head, row, C.SLOTS)
-            put_numbers(queries, lse, done + y, at, i < n_queries, float("inf"), C.SLOTS)
+            put_numbers(queries, lse, done + y, its_lse, C.SLOTS)
             put(douts, done + y, do, batch, head, row, C.SLOTS)
-            put_numbers(douts, delta, done + y, at + n_rows, i < n_queries, 0.0, C.SLOTS)
+            put_numbers(douts, minus_delta, done + y, -its_delta, C.SLOTS)
         done += n * group
 
 
-@constexpr_function
-def part_row(part, columns):
-    """First row of a part [64, 64] of a tile with so many columns."""
-    return part * 64 // columns * 64
+@jit
+def keys_of_part(keys, consumer: gl.constexpr, PART: gl.constexpr, C: gl.constexpr):
+    """64 columns of a consumer's keys, as rows: [64, R]."""
+    k = keys[0].index(consumer).reshape([C.R, C.D])
+    kt = k.slice(PART * 64, 64, 1).permute((1, 0))
+    if roomy(C):
+        return held(kt, C.BM)
+    else:
+        return kt
 
 
 @jit
-def part_of_dq(keys, dss, x, PART: gl.constexpr, C: gl.constexpr):
-    """Part [64, 64] of dQ = dS K of the x-th tile of queries."""
-    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+def part_of_dq(kts, dss, x, C: gl.constexpr):
+    """64 rows of dQ^T = K^T dS^T of the x-th tile of queries, from these of the keys: [64, BM]."""
+    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])
     CONSUMERS: gl.constexpr = C.CONSUMERS
-    row: gl.constexpr = part_row(PART, C.D)
-    column: gl.constexpr = PART * 64 % C.D
-    dq = gl.full([64, 64], 0.0, gl.float32, A)
+    dq = gl.full([64, C.BM], 0.0, gl.float32, A)
     for c in gl.static_range(CONSUMERS):
         ds = take(dss, x * CONSUMERS + c, 2 * CONSUMERS)  # [R, BM]
-        ds = ds.slice(row, 64, 1).permute((1, 0))
-        k = keys[0].index(c).reshape([C.R, C.D]).slice(column, 64, 1)
-        dq = warpgroup_mma(ds, k, dq, use_acc=c > 0, is_async=True)
+        dq = warpgroup_mma(kts[c], ds, dq, use_acc=c > 0, is_async=True)
     return warpgroup_mma_wait(0, deps=(dq,))
 
 
 @jit
-def store_part(sums, dq, PART: gl.constexpr, C: gl.constexpr):
-    """Stores a part of dQ in its tile [BM, D]."""
-    rows = sums.reshape([C.BM, C.D]).slice(part_row(PART, C.D), 64, 0)
-    rows.slice(PART * 64 % C.D, 64, 1).store(dq)
-
-
-@jit
 def collect(given, QUERIES: gl.constexpr, C: gl.constexpr):
-    """Multiplies dQ = dS K for every tile of queries, in parts, and adds it to the matrix.
+    """Multiplies dQ^T = K^T dS^T for every tile of queries, and adds it to the matrix.
 
-    A whole tile at once would take registers that consumers need.
+    In parts of 64 rows: a whole tile at once would take registers that consumers need.
     """
     DQ, dq_strides, sizes, mask, n_tiles, keys, dss, sums, keys_read = given
     n_batch, n_heads, group, n_queries, n_keys = sizes
     kv_heads = n_heads // group
     CONSUMERS: gl.constexpr = C.CONSUMERS
-    PARTS: gl.constexpr = C.BM * C.D // 64 // 64
+    PARTS: gl.constexpr = C.D // 64
     dq_matrix = matrix(DQ, dq_strides, n_batch, n_heads, n_queries, C.SIZE, C.BM, C.D)
     done = 0
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
@@ -127,13 +140,17 @@ def collect(given, QUERIES: gl.constexpr, C: gl.constexpr):
         n = gl.maximum(t3 - t0, 1)
         for c in gl.static_range(CONSUMERS):
             take(keys, turn * CONSUMERS + c, CONSUMERS)
+        kts = ()
+        for part in gl.static_range(PARTS):
+            kts = kts + ((keys_of_part(keys, 0, part, C), keys_of_part(keys, 1, part, C)),)
         for y in range(n * group):
             for part in gl.static_range(PARTS):
-                dq = part_of_dq(keys, dss, done + y, part, C)
+                dq = part_of_dq(kts[part], dss, done + y, C)
                 if part == 0:  # the copy engine has read the tile before
                     store_wait(0)
                     barrier()
-                store_part(sums, dq, part, C)
+                columns = sums.reshape([C.BM, C.D]).slice(part * 64, 64, 1)
+                columns.permute((1, 0)).store(dq)
             for c in gl.static_range(CONSUMERS):
                 leave(dss, (done + y) * CONSUMERS + c, 2 * CONSUMERS)
             fence_async_shared()
@@ -145,40 +162,52 @@ def collect(given, QUERIES: gl.constexpr, C: gl.constexpr):
 
 
 @jit
+def own_tiles(kept, keys, values, consumer: gl.constexpr, x, C: gl.constexpr):
+    """A consumer's keys and values [R, D], as left operands of the x-th tile's products."""
+    if roomy(C):
+        return kept
+    else:
+        # Asked for anew in every step: kept, their addresses would take registers.
+        mine = anew(consumer + 0 * x)
+        k = keys[0].index(mine).reshape([C.R, C.D])
+        v = values[0].index(mine).reshape([C.R, C.D])
+        return chunks(k, C), chunks(v, C)
+
+
+@jit
 def consume_step(
-    dk, dv, rings, x, at, head, j, place, mask, score, sources, to_log2,
+    dk, dv, kept, rings, x, at, head, j, place, mask, score, sources, to_log2,
     consumer: gl.constexpr, ROWS: gl.constexpr, SEEN: gl.constexpr, RUNS: gl.constexpr,
     ADDS: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """Adds what the at-th tile of queries of a head gives to dk and dv, and hands on its dS."""
-    queries, douts, keys, values, dss, lse, delta = rings
-    # Asked for anew in every step: kept, their addresses would take registers that are needed.
-    mine = anew(consumer + 0 * x)
-    k = keys[0].index(mine).reshape([C.R, C.D])
-    v = values[0].index(mine).reshape([C.R, C.D])
+    queries, douts, keys, values, dss, lse, minus_delta = rings
+    k, v = own_tiles(kept, keys, values, consumer, x, C)
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])
-    dtype: gl.constexpr = k.dtype
+    dtype: gl.constexpr = keys[0].dtype
     slot = x % C.SLOTS
     q = take(queries, x, C.SLOTS)  # [BM, D]
-    s_started = start_inner(chunks(k, C), chunks(q, C), C.BM, C)
+    s_started = start_inner(k, chunks(q, C), C.BM, C)
     st = warpgroup_mma_wait(0, deps=(s_started,))  # [R, BM]
     less = lse.index(slot).load(gl.SliceLayout(0, S))
     pt, t, row, column = weights(
         st, less, j, at, head, place, mask, score, sources, to_log2, ROWS, SEEN, RUNS, ADDS, C
     )
     do = take(douts, x, C.SLOTS)  # [BM, D]
-    less = -delta.index(slot).load(gl.SliceLayout(0, S))
-    # Kept in 16 bits from here on, and begun with these numbers: both save registers.
-    pt = pt.to(dtype)
-    dp_started = start_inner(chunks(v, C), chunks(do, C), C.BM, C, less)
+    less = minus_delta.index(slot).load(gl.SliceLayout(0, S))
+    if not roomy(C):  # kept in 16 bits from here on
+        pt = pt.to(dtype)
+    # Begun with these numbers, which saves registers as well.
+    dp_started = start_inner(v, chunks(do, C), C.BM, C, less)
     dv_started = warpgroup_mma(operand(pt, dtype, C.D), do, dv, is_async=True)
     dpt = warpgroup_mma_wait(1, deps=(dp_started,))  # [R, BM]
-    dst = times_unpacked(dpt, pt)
+    dst = dpt * pt if roomy(C) else times_unpacked(dpt, pt)
     if not C.PLAIN:
         dst = scores.product_gradient(dst, t, row, column, head, score, sources, C, ADDS)
-    if len(dss) > 0:
-        give(dss, x * C.CONSUMERS + consumer, dst.to(dtype), 2 * C.CONSUMERS)
+    dst = dst.to(dtype)
     dk_started = warpgroup_mma(operand(dst, dtype, C.D), q, dk, is_async=True)
+    if len(dss) > 0:  # while that goes on, because its way to memory is awaited
+        give(dss, x * C.CONSUMERS + consumer, dst, 2 * C.CONSUMERS)
     dv = warpgroup_mma_wait(1, deps=(dv_started,))
     leave(douts, x, C.SLOTS)
     dk = warpgroup_mma_wait(0, deps=(dk_started,))
@@ -194,7 +223,7 @@ def consume(
 ):  # fmt: skip
     """Dk and dv of R keys of every tile of this program."""
     (DK, DV, dk_strides, dv_strides, sizes, mask, score, pointers, scale, to_log2, n_tiles,
-     queries, douts, keys, values, dss, keys_read, lse, delta) = given  # fmt: skip
+     queries, douts, keys, values, dss, keys_read, lse, minus_delta) = given  # fmt: skip
     n_batch, n_heads, group, n_queries, n_keys = sizes
     kv_heads = n_heads // group
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])
@@ -219,18 +248,19 @@ def consume(
         sources = scores.opened(of_row, g * group, start, pointers, OPENS, C.R, C.BM)
         dk = gl.full([C.R, C.D], 0.0, gl.float32, A)
         dv = gl.full([C.R, C.D], 0.0, gl.float32, A)
-        for c in gl.static_range(CONSUMERS):
-            take(keys, turn * CONSUMERS + c, CONSUMERS)
         k = take(keys, turn * CONSUMERS + consumer, CONSUMERS)
         v = take(values, turn * CONSUMERS + consumer, CONSUMERS)
+        kept = ()
+        if roomy(C):
+            kept = (held(k, C.BM),), (held(v, C.BM),)
         met = gl.maximum(t3 - t0, 1)
         n = met * group
-        rings = (queries, douts, keys, values, dss, lse, delta)
+        rings = (queries, douts, keys, values, dss, lse, minus_delta)
         where = (sizes, (t0, t1, t2, t3), edges, always, batch)
         at = tile % met
         for y in range(n):
             dk, dv = consume_step(
-                dk, dv, rings, done + y, at, g * group + y // met, j, where, mask, of_row,
+                dk, dv, kept, rings, done + y, at, g * group + y // met, j, where, mask, of_row,
                 sources, to_log2, consumer, ROWS, SEEN, RUNS, ADDS, C,
             )  # fmt: skip
             at = gl.where(at + 1 < met, at + 1, 0)
@@ -277,7 +307,7 @@ def joint_kernel(
     values = ring(C.CONSUMERS, C.R, C.D, 1, 1, dtype)
     row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     lse = gl.allocate_shared_memory(gl.float32, [C.SLOTS, C.BM], row)
-    delta = gl.allocate_shared_memory(gl.float32, [C.SLOTS, C.BM], row)
+    minus_delta = gl.allocate_shared_memory(gl.float32, [C.SLOTS, C.BM], row)
     # What dQ takes: tiles of dS^T, of dQ, and a barrier for tiles of keys. Nothing without it.
     dss, sums, keys_read = (), (), ()
     if DQ is not None:
@@ -295,9 +325,9 @@ def joint_kernel(
     dk_strides = (dk_batch, dk_head, dk_row)
     dv_strides = (dv_batch, dv_head, dv_row)
     given = (Q, K, V, DO, STATS, q_strides, k_strides, v_strides, do_strides, sizes,
-             mask, n_tiles, queries, douts, keys, values, lse, delta)  # fmt: skip
+             mask, n_tiles, queries, douts, keys, values, lse, minus_delta)  # fmt: skip
     kept = (DK, DV, dk_strides, dv_strides, sizes, mask, score, pointers, scale, to_log2, n_tiles,
-            queries, douts, keys, values, dss, keys_read, lse, delta)  # fmt: skip
+            queries, douts, keys, values, dss, keys_read, lse, minus_delta)  # fmt: skip
     if DQ is not None:
         dq_strides = (dq_batch, dq_head, dq_row)
         collected = (DQ, dq_strides, sizes, mask, n_tiles, keys, dss, sums, keys_read)

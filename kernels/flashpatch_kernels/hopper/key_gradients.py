@@ -32,7 +32,7 @@ from flashpatch_kernels.triton import scores
 def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
     """Reads what the others need for every tile of keys of this program."""
     (Q, K, V, DO, STATS, q_strides, k_strides, v_strides, do_strides, sizes, mask,
-     n_tiles, queries, douts, keys, values, lse, delta) = given  # fmt: skip
+     n_tiles, queries, douts, keys, values, lse, minus_delta) = given  # fmt: skip
     n_batch, n_heads, group, n_queries, n_keys = sizes
     kv_heads = n_heads // group
     q = matrix(Q, q_strides, n_batch, n_heads, n_queries, C.SIZE, C.BM, C.D)
@@ -52,12 +52,15 @@ def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
             head, row = step_place(y, 0, g * group, n, t0, t1, t2, t3, C.BM)
             i = row + within
             at = STATS + (batch * n_heads + head).to(gl.int64) * n_queries + i
+            # Read before their slots are free, because either takes its time.
+            its_lse = gl.load(at, mask=i < n_queries, other=float("inf"))
+            its_delta = gl.load(at + n_rows, mask=i < n_queries, other=0.0)
             put(queries, done + y, q, batch, head, row, C.SLOTS)
-            put_numbers(queries, lse, done + y, at, i < n_queries, float("inf"), C.SLOTS)
+            put_numbers(queries, lse, done + y, its_lse, C.SLOTS)
             if y == 0:
                 put(values, turn, v, batch, g, start, 1)
             put(douts, done + y, do, batch, head, row, C.SLOTS)
-            put_numbers(douts, delta, done + y, at + n_rows, i < n_queries, 0.0, C.SLOTS)
+            put_numbers(douts, minus_delta, done + y, -its_delta, C.SLOTS)
         done += n * group
 
 
@@ -167,7 +170,7 @@ def weigh(
 def differentiate(given, QUERIES: gl.constexpr, C: gl.constexpr):
     """DS of every tile of this program, and dK."""
     (DK, dk_strides, sizes, mask, scale, n_tiles,
-     queries, douts, keys, values, delta, ps) = given  # fmt: skip
+     queries, douts, keys, values, minus_delta, ps) = given  # fmt: skip
     n_batch, n_heads, group, n_queries, n_keys = sizes
     kv_heads = n_heads // group
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])
@@ -187,7 +190,7 @@ def differentiate(given, QUERIES: gl.constexpr, C: gl.constexpr):
             do = take(douts, x, C.SLOTS)
             for b in gl.static_range(BLOCKS):
                 # Products begin with these numbers: subtracted later, all that follows would wait.
-                less = -delta.index(x % C.SLOTS).load(gl.SliceLayout(0, S))
+                less = minus_delta.index(x % C.SLOTS).load(gl.SliceLayout(0, S))
                 v = value_chunks(block(values, b, x, C), C)
                 started = start_inner(v, value_chunks(do, C), C.BM, C, less)
                 dpt = warpgroup_mma_wait(0, deps=(started,))  # [R, BM]
@@ -237,7 +240,7 @@ def key_kernel(
     values = ring(1, C.BN, C.DV, 1, 1, dtype)
     row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     lse = gl.allocate_shared_memory(gl.float32, [C.SLOTS, C.BM], row)
-    delta = gl.allocate_shared_memory(gl.float32, [C.SLOTS, C.BM], row)
+    minus_delta = gl.allocate_shared_memory(gl.float32, [C.SLOTS, C.BM], row)
     ps = ring(2 * BLOCKS, C.R, C.BM, 1, 1, dtype)
     fence_async_shared()
     q_strides = (q_batch, q_head, q_row)
@@ -247,11 +250,11 @@ def key_kernel(
     dk_strides = (dk_batch, dk_head, dk_row)
     dv_strides = (dv_batch, dv_head, dv_row)
     given = (Q, K, V, DO, STATS, q_strides, k_strides, v_strides, do_strides, sizes,
-             mask, n_tiles, queries, douts, keys, values, lse, delta)  # fmt: skip
+             mask, n_tiles, queries, douts, keys, values, lse, minus_delta)  # fmt: skip
     of_weights = (DV, dv_strides, sizes, mask, score, pointers, to_log2, n_tiles,
                   queries, douts, keys, values, lse, ps)  # fmt: skip
     of_keys = (DK, dk_strides, sizes, mask, scale, n_tiles,
-               queries, douts, keys, values, delta, ps)  # fmt: skip
+               queries, douts, keys, values, minus_delta, ps)  # fmt: skip
     gl.warp_specialize(
         [
             (produce, (given, QUERIES, C)),

@@ -46,6 +46,13 @@ def operand(x, dtype: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @jit
+def held(tile, COLUMNS: gl.constexpr):
+    """A tile of shared memory as `operand` gives it, for products of so many columns."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    return tile.load(gl.DotOperandLayout(0, layout, 2))
+
+
+@jit
 def anew(x):
     """The same number, of which the compiler does not know that it is."""
     return gl.inline_asm_elementwise(

@@ -67,10 +67,10 @@ def put_both(
 
 
 @jit
-def put_numbers(ring, numbers, number, at, inside, default: gl.constexpr, SLOTS: gl.constexpr):
+def put_numbers(ring, numbers, number, x, SLOTS: gl.constexpr):
     """Writes a number for each row of a tile beside it, and arrives at its barrier."""
     slot = number % SLOTS
-    numbers.index(slot).store(gl.load(at, mask=inside, other=default))
+    numbers.index(slot).store(x)
     mbarrier.arrive(ring[1].index(slot), count=1)
 
 
