@@ -84,7 +84,7 @@ def produce(given, KEYS: gl.constexpr, RUNS: gl.constexpr, C: gl.constexpr):
 def scored(
     s, i, lo, hi, tile, batch, head, sizes, mask, score, sources,
     SEEN: gl.constexpr, RUNS: gl.constexpr, ADDS: gl.constexpr, C: gl.constexpr,
-    masked,
+    MASKED: gl.constexpr,
 ):  # fmt: skip
     """From the products [R, BN] of a tile of keys to its scores, -inf where nothing is seen."""
     n_queries, n_keys = sizes[3], sizes[4]
@@ -93,7 +93,7 @@ def scored(
     row = gl.expand_dims(i, 1)
     if not C.PLAIN:  # no term of these kernels reads by j, which may be beyond the last key
         s, _ = scores.scores(s, row, j, 0, n, head, None, score, sources, C, ADDS)
-    if masked:
+    if MASKED:
         low = gl.expand_dims(lo, 1)
         seen = SEEN(low, gl.expand_dims(hi, 1), row, j, mask, batch, head, n_queries, n_keys, RUNS)
         s = gl.where(seen, s, float("-inf"))
@@ -154,11 +154,18 @@ def consume(
             SEEN, RUNS, ADDS, C, True,
         )  # fmt: skip
         p, m, l = softmax.first_step(s, m, l, to_log2, dtype, C.DV)
-        for x in range(1, n):
+        # Two loops, so that the instructions of whole tiles lie in a row.
+        for x in range(1, edges):
             m, l, acc, p = consume_step(
                 m, l, acc, p, q, keys, values, done + x, edges_first(x, t0, t1, t2, t3), inside,
                 lo, hi, batch, head, sizes, mask, of_row, sources, to_log2, consumer,
-                SEEN, RUNS, ADDS, C, x < edges,
+                SEEN, RUNS, ADDS, C, True,
+            )  # fmt: skip
+        for x in range(gl.maximum(edges, 1), n):
+            m, l, acc, p = consume_step(
+                m, l, acc, p, q, keys, values, done + x, edges_first(x, t0, t1, t2, t3), inside,
+                lo, hi, batch, head, sizes, mask, of_row, sources, to_log2, consumer,
+                SEEN, RUNS, ADDS, C, False,
             )  # fmt: skip
         v = take(values, done + n, C.SLOTS)
         added = warpgroup_mma(p, v, acc, is_async=True)
@@ -189,7 +196,7 @@ def consume_step(
     m, l, acc, p, q, keys, values, x, tile, i, lo, hi, batch, head, sizes, mask, score, sources,
     to_log2, consumer: gl.constexpr,
     SEEN: gl.constexpr, RUNS: gl.constexpr, ADDS: gl.constexpr, C: gl.constexpr,
-    masked,
+    MASKED: gl.constexpr,
 ):  # fmt: skip
     """Adds the values of tile x - 1, of weights p, and computes the weights of tile x meanwhile."""
     k = take(keys, x, C.SLOTS)
@@ -202,14 +209,26 @@ def consume_step(
         pass_turn(consumer, C.CONSUMERS, x)
     s = warpgroup_mma_wait(1, deps=(started,))
     s = scored(
-        s, i, lo, hi, tile, batch, head, sizes, mask, score, sources, SEEN, RUNS, ADDS, C, masked,
+        s, i, lo, hi, tile, batch, head, sizes, mask, score, sources, SEEN, RUNS, ADDS, C, MASKED,
     )  # fmt: skip
-    p, m, l, moved, alpha = softmax.step(s, m, l, to_log2, p.dtype, C.DV)
-    acc = warpgroup_mma_wait(0, deps=(added,))
-    leave(keys, x, C.SLOTS)
-    if moved != 0:
-        acc = acc * softmax.like_rows(alpha, acc)
-    return m, l, acc, p
+    p, sums, moves = softmax.step(s, m, to_log2, p.dtype, C.DV)
+    if C.CONSUMERS > 2:
+        # Instructions of three consumers hardly fit in their cache: one branch, not two.
+        acc = warpgroup_mma_wait(0, deps=(added,))
+        leave(keys, x, C.SLOTS)
+        if moves != 0:
+            p, sums, m, l, alpha = softmax.move(s, m, l, sums, to_log2, p.dtype, C.DV)
+            acc = acc * softmax.like_rows(alpha, acc)
+    else:
+        # A branch before the wait, which the assembler would else move before the exponentials.
+        alpha = gl.full([C.R], 1.0, gl.float32, m.type.layout)
+        if moves != 0:
+            p, sums, m, l, alpha = softmax.move(s, m, l, sums, to_log2, p.dtype, C.DV)
+        acc = warpgroup_mma_wait(0, deps=(added,))
+        leave(keys, x, C.SLOTS)
+        if moves != 0:
+            acc = acc * softmax.like_rows(alpha, acc)
+    return m, l + sums, acc, p
 
 
 @kernel

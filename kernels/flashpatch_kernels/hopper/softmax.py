@@ -112,25 +112,31 @@ def first_step(s, m, l, to_log2, dtype: gl.constexpr, DV: gl.constexpr):
 
 
 @jit
-def step(s, m, l, to_log2, dtype: gl.constexpr, DV: gl.constexpr):
-    """The weights of a tile of scores [R, BN], of reference m [R] and sums l [R, 4].
+def step(s, m, to_log2, dtype: gl.constexpr, DV: gl.constexpr):
+    """The weights of a tile of scores [R, BN], of reference m [R].
 
     Returns:
-        p [R, BN] as an operand, m, l, whether m has moved, and the factor [R] that rescales what
-        was accumulated if it has.
+        p [R, BN] as an operand, the lanes' sums [R, 4] of it, and whether the reference must
+        `move`, as a number of this warp.
     """
-    LIMIT: gl.constexpr = limit(dtype)
     weights = gl.exp2(s * to_log2 - gl.expand_dims(m, 1))
     p = operand(rounded(weights, dtype), dtype, DV)
-    sums, moved = beyond(lane_sums(weights), LIMIT)
-    alpha = gl.full([s.shape[0]], 1.0, gl.float32, m.type.layout)
-    if moved != 0:
-        most = gl.convert_layout(gl.max(sums, 1), m.type.layout, assert_trivial=True)
-        m_new = gl.where(most <= 2.0**LIMIT, m, gl.maximum(m, gl.max(s, 1) * to_log2))
-        alpha = gl.exp2(m - m_new)
-        m = m_new
-        weights = gl.exp2(s * to_log2 - gl.expand_dims(m, 1))
-        sums = lane_sums(weights)
-        p = operand(weights, dtype, DV)
-        l = l * like_rows(alpha, l)
-    return p, m, l + sums, moved, alpha
+    sums, moves = beyond(lane_sums(weights), limit(dtype))
+    return p, sums, moves
+
+
+@jit
+def move(s, m, l, sums, to_log2, dtype: gl.constexpr, DV: gl.constexpr):
+    """The same once more, of a reference that lies nearer where the sums are beyond the limit.
+
+    Returns:
+        p, its sums, the reference, the sums l [R, 4] of tiles before, and the factor [R] by which
+        these were rescaled, as must be what was accumulated.
+    """
+    LIMIT: gl.constexpr = limit(dtype)
+    most = gl.convert_layout(gl.max(sums, 1), m.type.layout, assert_trivial=True)
+    m_new = gl.where(most <= 2.0**LIMIT, m, gl.maximum(m, gl.max(s, 1) * to_log2))
+    alpha = gl.exp2(m - m_new)
+    weights = gl.exp2(s * to_log2 - gl.expand_dims(m_new, 1))
+    p = operand(weights, dtype, DV)
+    return p, lane_sums(weights), m_new, l * like_rows(alpha, l), alpha
