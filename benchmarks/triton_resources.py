@@ -62,6 +62,8 @@ class Resources(NamedTuple):
         shared_bytes: Per program.
         mma: Tensor core instructions.
         serialized: Whether the assembler lets a Gluon kernel wait for each of its products.
+        overwritten: Whether a loop writes registers that hold an operand of its products, loaded
+            before it: a mistake of the assembler's, which no other test sees everywhere.
     """
 
     registers: int
@@ -70,6 +72,7 @@ class Resources(NamedTuple):
     shared_bytes: int
     mma: int
     serialized: bool
+    overwritten: bool
 
 
 # Functions of scores as users write them.
@@ -267,6 +270,7 @@ def resources(compiled: Any) -> Resources:
         compiled.metadata.shared,
         count(instructions, MMA),
         "wgmma.mma_async instructions are serialized" in told,
+        any(overwrites(instructions, loop) for loop in busy),
     )
 
 
@@ -288,19 +292,55 @@ def assembled(ptx: str, folder: Path) -> str:
 
 
 def parse(code: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """Names of the instructions, and the loops as ranges of them."""
+    """The instructions, without their predicates, and the loops as ranges of them."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     loops = []
     for line in code.splitlines():
         if label := re.match(r"^(\.L_x_\d+):", line.strip()):
             labels[label[1]] = len(instructions)
-        elif op := re.match(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z0-9_]+)(.*)", line):
+        elif op := re.match(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z0-9_]+.*?);?\s*$", line):
             instructions.append(op[1])
-            target = re.search(r"\.L_x_\d+", op[2])
-            if op[1] == "BRA" and target and target[0] in labels:
+            target = re.search(r"\.L_x_\d+", op[1])
+            if name(op[1]) == "BRA" and target and target[0] in labels:
                 loops.append((labels[target[0]], len(instructions)))
     return instructions, loops
+
+
+def name(instruction: str) -> str:
+    """What an instruction does."""
+    return re.split(r"[\s.]", instruction, maxsplit=1)[0]
+
+
+def overwrites(instructions: list[str], loop: tuple[int, int]) -> bool:
+    """Whether a loop writes registers that its products read, and that were loaded before it."""
+    start, end = loop
+    written = [registers(instruction) for instruction in instructions[:end]]
+    for at in range(start, end):
+        operand = re.match(r"HGMMA\S* R\d+, R(\d+),", instructions[at])
+        if operand is None:
+            continue
+        first = int(operand[1])
+        for register in range(first, first + 4):
+            last = next((i for i in range(at - 1, -1, -1) if register in written[i]), at)
+            held = last < start and name(instructions[last]) == "LDSM"
+            if held and any(register in found for found in written[at:end]):
+                return True
+    return False
+
+
+# The only ones whose first register is not written, or whose products follow in order anyway.
+READ_ONLY = ("ST", "STS", "STSM", "STG", "STL", "RED", "SYNCS", "BAR", "R2UR", "HGMMA")
+
+
+def registers(instruction: str) -> range:
+    """The registers that an instruction writes."""
+    found = re.match(r"([A-Z0-9_.]+) (?:U?P\d+, )*R(\d+)\b", instruction)
+    if found is None or name(instruction) in READ_ONLY:
+        return range(0)
+    kinds = found[1].split(".")
+    wide = 4 if {"128", "4"} & set(kinds) else 2 if {"64", "WIDE", "CS2R"} & set(kinds) else 1
+    return range(int(found[2]), int(found[2]) + wide)
 
 
 def is_innermost(loop: tuple[int, int], loops: list[tuple[int, int]]) -> bool:
@@ -315,7 +355,7 @@ def has_products(instructions: list[str]) -> bool:
 
 def count(instructions: list[str], names: tuple[str, ...]) -> int:
     """How many of the instructions have one of the names."""
-    return sum(name in names for name in instructions)
+    return sum(name(instruction) in names for instruction in instructions)
 
 
 def main() -> None:

@@ -59,10 +59,11 @@ CALLS = [
 # With slopes too the joint kernel is a quarter faster than the portable ones.
 LOCAL_BYTES = {
     ("forward_kernel", 128, "causal"): 8,
-    ("forward_kernel", 128, "runs"): 16,
-    ("forward_kernel", 256, "causal"): 32,
+    ("forward_kernel", 128, "runs"): 40,
+    ("forward_kernel", 128, "band", "softcap"): 8,
+    ("forward_kernel", 256, "causal"): 40,
     ("forward_kernel", 256, "runs", "softcap"): 64,
-    ("forward_kernel", 128, "runs", "slopes"): 40,
+    ("forward_kernel", 128, "runs", "slopes"): 48,
     ("forward_kernel", 256, "causal", "slopes"): 56,
     ("joint_kernel", 64, "band"): 16,
     ("joint_kernel", 64, "runs"): 56,
@@ -81,6 +82,7 @@ LOCAL_BYTES = {
 
 # Of it, the loads and stores within the loops over tiles, of all warpgroups together.
 HOT_SPILLS = {
+    ("forward_kernel", 128, "runs"): 2,
     ("joint_kernel", 64, "runs"): 2,
     ("joint_kernel", 128, "causal"): 4,
     ("joint_kernel", 128, "intervals"): 13,
@@ -123,6 +125,40 @@ def test_kernels_fit_a_multiprocessor_and_keep_its_tensor_cores_busy(needs, call
         assert found["shared_bytes"] <= SHARED_BYTES
         assert found["mma"] > 0
         assert not found["serialized"]
+        assert not found["overwritten"]
         which = name, facts["size"], facts["mask"], *([facts["term"]] if "term" in facts else [])
         assert found["local_bytes"] <= LOCAL_BYTES.get(which, 0), (name, found)
         assert found["hot_spills"] <= HOT_SPILLS.get(which, 0), (name, found)
+
+
+# A loop whose product reads R40, which was loaded before it, with what comes behind the product.
+LOOP = """
+        /*0010*/                   LDSM.16.M88.4 R40, [R8+0x10000] ;
+.L_x_1:
+        /*0020*/              @!P0 BRA `(.L_x_2) ;
+.L_x_2:
+        /*0030*/                   HGMMA.64x64x16.F32.BF16 R24, R40, gdesc[UR20], RZ, !UPT, gsb0 ;
+        /*0040*/                   {behind} ;
+        /*0050*/                   HGMMA.64x64x16.F32.BF16 R56, R44, gdesc[UR24].tnspB, R56, gsb0 ;
+        /*0060*/               @P1 BRA `(.L_x_1) ;
+        /*0070*/                   MUFU.EX2 R41, R9 ;
+"""
+BEHIND = {
+    "MUFU.EX2 R43, R26": True,
+    "@P2 LDS.64 R42, [R5]": True,
+    "F2FP.BF16.F32.PACK_AB R44, R26, R27": False,
+    "STS.64 [R41], R42": False,
+}
+
+
+def test_an_operand_that_its_loop_overwrites_is_found(compiling):
+    listings = [LOOP.replace("{behind}", behind) for behind in BEHIND]
+    code = f"""
+import triton_resources as found
+for listing in {listings!r}:
+    instructions, loops = found.parse(listing)
+    print(len(loops), found.overwrites(instructions, loops[0]))
+"""
+    process = compiling(code)
+    told = process.communicate()[0].splitlines()
+    assert told == [f"1 {overwrites}" for overwrites in BEHIND.values()]
