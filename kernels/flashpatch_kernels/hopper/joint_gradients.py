@@ -53,7 +53,7 @@ from flashpatch_kernels.triton import scores
 def roomy(C):
     """Whether registers hold, beside dK and dV, the keys, the values, and P until dS is known.
 
-    Not where dQ is left out: in a loop that writes nothing to shared memory the assembler (ptxas
+    Never where dQ is left out: in a loop that writes nothing to shared memory the assembler (ptxas
     12.8 to 13.0) gives such registers to others, and results are wrong. `test_hopper_sm90` looks
     for it in the machine code.
     """
@@ -147,7 +147,10 @@ def collect(given, QUERIES: gl.constexpr, C: gl.constexpr):
             take(keys, turn * CONSUMERS + c, CONSUMERS)
         kts = ()
         for part in gl.static_range(PARTS):
-            kts = kts + ((keys_of_part(keys, 0, part, C), keys_of_part(keys, 1, part, C)),)
+            of_part = ()
+            for c in gl.static_range(CONSUMERS):
+                of_part = of_part + (keys_of_part(keys, c, part, C),)
+            kts = kts + (of_part,)
         for y in range(n * group):
             for part in gl.static_range(PARTS):
                 dq = part_of_dq(kts[part], dss, done + y, C)
@@ -256,6 +259,7 @@ def consume(
         k = take(keys, turn * CONSUMERS + consumer, CONSUMERS)
         v = take(values, turn * CONSUMERS + consumer, CONSUMERS)
         kept = ()
+        gl.static_assert(len(dss) > 0 or not roomy(C))
         if roomy(C):
             kept = (held(k, C.BM),), (held(v, C.BM),)
         met = gl.maximum(t3 - t0, 1)
