@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from flashpatch_kernels import tuning
@@ -278,7 +279,7 @@ MMA = ("HGMMA", "HMMA")
 
 
 def tool(name: str, *arguments: Any) -> str:
-    """What one of the tools that come with Triton prints."""
+    """What a tool prints, by its path or, of those that come with Triton, its name."""
     command = [str(TOOLS / name), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
@@ -288,7 +289,8 @@ def assembled(ptx: str, folder: Path) -> str:
     """What the assembler says of a Hopper kernel."""
     source = folder / "kernel.ptx"
     source.write_text(ptx)
-    return tool("ptxas", "-arch=sm_90a", "-v", source, "-o", folder / "again.cubin")
+    assembler = get_ptxas(90).path  # the one of several that Triton takes for Hopper
+    return tool(assembler, "-arch=sm_90a", "-v", source, "-o", folder / "again.cubin")
 
 
 def parse(code: str) -> tuple[list[str], list[tuple[int, int]]]:
