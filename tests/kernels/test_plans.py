@@ -69,7 +69,7 @@ def installed(launch, global_scratch_size=0):
     launcher.num_ctas, launcher.launch = 1, launch
     launcher.global_scratch_size, launcher.global_scratch_align = global_scratch_size, 128
     launcher.profile_scratch_size, launcher.profile_scratch_align = 0, 1
-    launcher.launch_cooperative_grid = launcher.launch_pdl = False
+    launcher.launch_cooperative_grid = launcher.launch_pdl = launcher.gsan_enabled = False
     launcher.arg_annotations, launcher.kernel_signature = [], b""
     return launcher
 
@@ -370,6 +370,13 @@ class Packing(Flat):
         super().__call__(*given[:9], [*given[9:]])
 
 
+class Counting(Flat):
+    """Looks into the arguments."""
+
+    def __call__(self, *given):
+        super().__call__(*given[:9], *(x + 0 for x in given[9:]))
+
+
 class Silent(Flat):
     """Calls no function of its own."""
 
@@ -389,7 +396,7 @@ def of_one_piece(launch):
     return lambda *_: launch
 
 
-@pytest.mark.parametrize("launcher", [Packing, Silent, measuring, of_one_piece])
+@pytest.mark.parametrize("launcher", [Packing, Counting, Silent, measuring, of_one_piece])
 def test_a_launcher_that_cannot_be_asked_is_called_each_time(driver, monkeypatch, launcher):
     made = []
     monkeypatch.setattr(launching, "start", lambda *given: made.append(given))

@@ -7,6 +7,7 @@ order of all that differs from one Triton to the next, so the launcher itself is
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import copy_context
 from copy import copy
 from typing import Any, NamedTuple
@@ -88,8 +89,8 @@ _STREAM, _SCRATCH, _ARGUMENTS = object(), object(), object()
 def given(compiled: Any, n_programs: int) -> Given | None:
     """What a launch of so many programs is given, as the launcher tells; None if it does not.
 
-    As one that has no such function, that brings memory for measurements along, or that passes on
-    something else.
+    As one that has no such function, that brings memory for measurements along, that passes on
+    something else, or that looks into what it is given.
     """
     launcher = compiled.run
     function = getattr(launcher, "launch", None)
@@ -109,8 +110,10 @@ def given(compiled: Any, n_programs: int) -> Given | None:
         asked.launch = lambda *arguments: told.extend(arguments)
         launching.run(asked, compiled, n_programs, _STREAM, (_ARGUMENTS,))
 
-    # An allocator that is set in a copy of the context is forgotten with it.
-    copy_context().run(ask)
+    # An allocator that is set in a copy of the context is forgotten with it. Whatever the launcher
+    # of another Triton says to such arguments, it can still be called with real ones.
+    with suppress(Exception):
+        copy_context().run(ask)
     *before, last = told or [None]
     flat = last is _ARGUMENTS
     if _STREAM not in before or not (flat or last == (_ARGUMENTS,)):
