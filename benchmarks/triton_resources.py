@@ -28,7 +28,7 @@ from flashpatch_kernels import tuning
 from flashpatch_kernels.hopper import crews as hopper_crews
 from flashpatch_kernels.masks import Band, Boolean, Intervals, Mask
 from flashpatch_kernels.options import Options, Relative, Score
-from flashpatch_kernels.triton import launching
+from flashpatch_kernels.triton import launching, setups
 from flashpatch_kernels.tuning import Crew, Tile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -167,7 +167,7 @@ def recording(
         mock.patch.object(tuning, "tile", tile),
         mock.patch.object(tuning, "crew", crew),
         mock.patch.object(hopper_crews, "constants", hopper_crews.constants.__wrapped__),
-        mock.patch.object(launching, "passes", launching.Passes),
+        mock.patch.object(setups, "passes", setups.Passes),
     ):
         yield launches
 

@@ -20,7 +20,7 @@ from triton.testing import do_bench
 from flashpatch_kernels import tuning
 from flashpatch_kernels.masks import Band
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import backward, forward, launching, plans
+from flashpatch_kernels.triton import backward, forward, launching, plans, setups
 from flashpatch_kernels.tuning import Pass, Tile
 
 # Floating-point operations of a pass, in products of N x M x D.
@@ -108,7 +108,7 @@ def launches_of(
     options = Options(Band(right=0) if causal else Band(), scale=size**-0.5)
     with (
         mock.patch.object(tuning, "tile", chosen),
-        mock.patch.object(launching, "passes", launching.Passes),
+        mock.patch.object(setups, "passes", setups.Passes),
         mock.patch.object(plans, "shared", return_value=plans.Plan(kept=False)),
         mock.patch.object(launching, "launch", keep),
     ):

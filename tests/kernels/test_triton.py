@@ -507,7 +507,7 @@ def test_empty_sequences(engine, sizes):
 KEY_TILES = """
 import torch
 from flashpatch_kernels.masks import Intervals, allowed
-from flashpatch_kernels.triton import launching, tile_lists
+from flashpatch_kernels.triton import setups, tile_lists
 from flashpatch_kernels.tuning import Tile
 BM, BN, ROWS = 48, 32, 16
 for seed in range(12):
@@ -524,7 +524,7 @@ for seed in range(12):
         runs = torch.where(runs > 0, ends, 0).int()
     mask = Intervals(bounds, runs)
     seen = allowed(mask, n, m, "cpu")[:, 0]
-    code = launching.mask_code(mask)
+    code = setups.mask_code(mask)
     found = tile_lists.key_tiles(code, Tile(BM, BN, 4, 1), ROWS, n, m)[:, 0]
     assert found.shape == (2, -(-n // BM), 4)
     for b, t in torch.cartesian_prod(torch.arange(2), torch.arange(found.shape[1])).tolist():

@@ -17,7 +17,7 @@ from flashpatch_kernels.hopper.joint_gradients import joint_kernel
 from flashpatch_kernels.hopper.key_gradients import key_kernel
 from flashpatch_kernels.hopper.query_gradients import query_kernel
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import launching, terms, tile_lists
+from flashpatch_kernels.triton import launching, setups, terms, tile_lists
 from flashpatch_kernels.triton.stats import Shared, compute_stats
 from flashpatch_kernels.triton.term_gradients import term_gradients
 
@@ -39,11 +39,11 @@ def backward(
     engine cannot read, the gradient of slopes; and capped scores of heads up to 64, which these
     would compute, but slower.
     """
-    q, k, v, out, dout = (launching.readable(t) for t in (q, k, v, out, dout))
+    q, k, v, out, dout = (setups.readable(t) for t in (q, k, v, out, dout))
     written = {"q"} & needs | ({"k", "v"} if {"k", "v"} & needs else set())
     inputs = (q, k, v, dout)
     grads = {n: torch.empty_like(x) for n, x in zip("qkv", inputs[:3], strict=True) if n in written}
-    call = launching.Setup.of(q, k, v, (out, dout, *grads.values()), options)
+    call = setups.Setup.of(q, k, v, (out, dout, *grads.values()), options)
     capped = options.softcap is not None
     served = (
         tuning.crew("dkdv", *call.head_sizes) is not None
@@ -74,7 +74,7 @@ def backward(
 def launch_joint(shared: Shared, grads: dict[str, Tensor]) -> None:
     """The gradients of k and v, and that of q out of a sum in memory."""
     sums = torch.zeros_like(grads["q"], dtype=torch.float32)
-    strides = [stride // 4 for stride in launching.strides(sums)]
+    strides = [stride // 4 for stride in setups.strides(sums)]
     launch_key_pass(joint_kernel, "dqdkdv", shared, (sums, grads["k"], grads["v"]), strides)
     torch.mul(sums, shared.call.options.scale, out=grads["q"])
 
@@ -95,7 +95,7 @@ def launch_key_pass(
     call = shared.call
     n_batch, n_heads, group, n_queries, n_keys = call.sizes
     tile, fixed = crews.tuned(call, name)
-    n_tiles = launching.cdiv(n_keys, tile.BN)
+    n_tiles = setups.cdiv(n_keys, tile.BN)
     terms_of = shared.added.transposed
     launching.launch(
         kernel,
@@ -116,7 +116,7 @@ def launch_queries(shared: Shared, dq: Tensor) -> None:
     call = shared.call
     n_batch, n_heads, _, n_queries, n_keys = call.sizes
     tile, fixed = crews.tuned(call, "dq")
-    n_tiles = launching.cdiv(n_queries, tile.BM)
+    n_tiles = setups.cdiv(n_queries, tile.BM)
     terms_of = shared.added.straight
     launching.launch(
         query_kernel,

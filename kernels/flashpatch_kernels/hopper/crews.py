@@ -7,7 +7,7 @@ import torch
 
 from flashpatch_kernels import tuning
 from flashpatch_kernels.masks import Band, Mask
-from flashpatch_kernels.triton import launching, tile_masks
+from flashpatch_kernels.triton import setups, tile_masks
 from flashpatch_kernels.tuning import Tile
 
 
@@ -20,7 +20,7 @@ class Constants(NamedTuple):
     queries of a tile, BN the keys of a program, R those of a part. Of CONSUMERS warpgroups each
     thread has REGISTERS; they issue products IN_TURN or as they come; SLOTS tiles of keys and of
     values, and Q_SLOTS of queries, are in flight; PAIRED as in `scheduling`. The
-    rest is as in `launching.Constants`.
+    rest is as in `setups.Constants`.
     """
 
     SIZE: int
@@ -46,7 +46,7 @@ class Constants(NamedTuple):
     Y: int
 
 
-def tuned(call: launching.Setup, name: tuning.CrewPass) -> tuple[Tile, Constants]:
+def tuned(call: setups.Setup, name: tuning.CrewPass) -> tuple[Tile, Constants]:
     """The tile of a pass, and what it is compiled for."""
     return constants(
         name, call.head_sizes, paired(call.options.mask, name), *call.kinds[1:4], call.own
@@ -71,7 +71,7 @@ def constants(
     crew = tuning.crew(name, *sizes)
     assert crew is not None
     d, dv = map(tuning.width, sizes)
-    chunks = launching.chunks(sizes[0]) if sizes[0] > 64 else (64, 0)
+    chunks = setups.chunks(sizes[0]) if sizes[0] > 64 else (64, 0)
     tile = crew.tile(name)
     rows = tile.BM // crew.consumers if name in ("forward", "dq") else 64
     return tile, Constants(
@@ -81,7 +81,7 @@ def constants(
     )
 
 
-def programs(call: launching.Setup, name: tuning.CrewPass, n_items: int) -> int:
+def programs(call: setups.Setup, name: tuning.CrewPass, n_items: int) -> int:
     """As many programs as the card runs at a time, one on each multiprocessor.
 
     Under Intervals one for each tile in the backward pass: nobody knows who has how much work, and
@@ -100,6 +100,6 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def keys_of(mask: launching.MaskCode) -> Any:
+def keys_of(mask: setups.MaskCode) -> Any:
     """The device function that tells which key tiles a tile of queries meets."""
     return mask.keys if mask.bounds[0] is None else tile_masks.interval_listed_keys

@@ -47,7 +47,7 @@ from flashpatch_kernels.hopper.scheduling import (
     turns,
 )
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import launching, plans, scores, terms, tile_lists
+from flashpatch_kernels.triton import launching, plans, scores, setups, terms, tile_lists
 
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -293,18 +293,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     """
     plan = plans.plan_of(forward_kernel, q, k, v, options)
     if not plan.kept:  # perhaps because of rows that are not read as they are
-        q, k, v = launching.readable(q), launching.readable(k), launching.readable(v)
+        q, k, v = setups.readable(q), setups.readable(k), setups.readable(v)
         plan = plans.plan_of(forward_kernel, q, k, v, options)
     with launching.on(q.device):
         out, lse = plan.outputs(q, v)
         if plan.again(q, k, v, out, lse, options.sinks) is not None:
             return out, lse
-        call = launching.Setup.of(q, k, v, (out,), options)
+        call = setups.Setup.of(q, k, v, (out,), options)
         if call.unit == 1:  # an address that no stride told of
             return portable.forward(q, k, v, options)
         tile, fixed = crews.tuned(call, "forward")
         n_batch, n_heads, _, n_queries, n_keys = call.sizes
-        n_tiles = launching.cdiv(n_queries, tile.BM)
+        n_tiles = setups.cdiv(n_queries, tile.BM)
         added = terms.terms_of(call, both=False)
         plan.launch(
             forward_kernel,

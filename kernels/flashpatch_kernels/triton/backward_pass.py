@@ -26,6 +26,7 @@ from flashpatch_kernels.triton import (
     launching,
     relative,
     scores,
+    setups,
     slopes,
     table,
     terms,
@@ -385,8 +386,8 @@ def backward(
         return {name: torch.zeros_like(t) for name, t in tensors.items() if name in needs}
     grads = {n: torch.empty_like(t) for n, t in (("q", q), ("k", k), ("v", v)) if n in needs}
     written = {name: writable(grad) for name, grad in grads.items()}
-    q, k, v, out, dout = (launching.readable(t) for t in (q, k, v, out, dout))
-    call = launching.Setup.of(q, k, v, (out, dout, *written.values()), options)
+    q, k, v, out, dout = (setups.readable(t) for t in (q, k, v, out, dout))
+    call = setups.Setup.of(q, k, v, (out, dout, *written.values()), options)
     with launching.on(q.device):
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         stats = lse.new_empty(2, *lse.shape)
@@ -426,7 +427,7 @@ def compute_dkdv(shared: Shared, name: tuning.Pass, dk: Tensor | None, dv: Tenso
     dk = inputs[1] if dk is None else dk
     dv = inputs[2] if dv is None else dv
     lists = tile_lists.query_lists(call.mask, tile, group, n_queries, n_keys)
-    n_tiles = launching.cdiv(n_keys, tile.BN)
+    n_tiles = setups.cdiv(n_keys, tile.BN)
     launching.launch(
         dkdv_kernel,
         n_tiles * n_batch * (n_heads // group),
@@ -463,7 +464,7 @@ def compute_dq(
     n_batch, n_heads, group, n_queries, n_keys = call.sizes
     tile, fixed = call.tuned("dq")
     out, lse = (None, None) if saved is None else saved
-    n_tiles = launching.cdiv(n_queries, tile.BM)
+    n_tiles = setups.cdiv(n_queries, tile.BM)
     of_slopes, of_ends = "slopes" in needs, "table" in needs and call.clamped
     sums = stats.new_empty(3, n_batch, n_heads, n_tiles) if of_slopes or of_ends else None
     launching.launch(

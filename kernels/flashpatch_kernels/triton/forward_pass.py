@@ -24,6 +24,7 @@ from flashpatch_kernels.triton import (
     plans,
     relative,
     scores,
+    setups,
     table,
     terms,
     tile_lists,
@@ -161,7 +162,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     """
     plan = plans.plan_of(forward_kernel, q, k, v, options)
     if not plan.kept:  # perhaps because of rows that are not read as they are
-        q, k, v = launching.readable(q), launching.readable(k), launching.readable(v)
+        q, k, v = setups.readable(q), setups.readable(k), setups.readable(v)
         plan = plans.plan_of(forward_kernel, q, k, v, options)
     with launching.on(q.device):
         out, lse = plan.outputs(q, v)
@@ -171,10 +172,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
             return out, lse
         if k.shape[2] == 0:
             return out.zero_(), lse.fill_(float("-inf"))
-        call = launching.Setup.of(q, k, v, (out,), options)
+        call = setups.Setup.of(q, k, v, (out,), options)
         tile, fixed = call.tuned("forward")
         n_batch, n_heads, group, n_queries, n_keys = call.sizes
-        n_tiles = launching.cdiv(n_queries, tile.BM)
+        n_tiles = setups.cdiv(n_queries, tile.BM)
         added = terms.terms_of(call, both=False)
         plan.launch(
             forward_kernel,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashpatch_kernels.masks import Band
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import launching, memory
+from flashpatch_kernels.triton import launching, memory, setups
 from flashpatch_kernels.triton.relaunching import Launch
 from flashpatch_kernels.tuning import Tile
 
@@ -26,12 +26,12 @@ class Plan:
     def __init__(self, *, kept: bool) -> None:
         self.kept = kept
         self._launch: Launch | None = None
-        self._outputs: tuple[launching.Layout, launching.Layout] | None = None
+        self._outputs: tuple[setups.Layout, setups.Layout] | None = None
 
     def outputs(self, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Memory for output and lse, on the tensors' device; a card must be the current one."""
         if self._outputs is None:
-            self._outputs = launching.output_layouts(q, v)
+            self._outputs = setups.output_layouts(q, v)
         out, lse = self._outputs
         return memory.empty(*out, q.device), memory.empty(*lse, q.device)
 
@@ -71,7 +71,7 @@ def plan_of(kernel: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> P
     return shared(
         (_layout(q), _layout(k), _layout(v)),
         None if sinks is None else _layout(sinks),
-        *(id(kernel), q.device, launching.precision(q.dtype)),
+        *(id(kernel), q.device, setups.precision(q.dtype)),
         *(mask.left, mask.right, mask.offset, o.scale, o.softcap),
     )
 
@@ -79,7 +79,7 @@ def plan_of(kernel: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> P
 @lru_cache(1024)
 def shared(given: tuple[tuple[Any, ...], ...], *alike: Any) -> Plan:
     """One plan for all calls that are alike in this; those longest unused are forgotten."""
-    return Plan(kept=all(launching.rows_readable(stride) for _, stride, *_ in given))
+    return Plan(kept=all(setups.rows_readable(stride) for _, stride, *_ in given))
 
 
 def _layout(t: Tensor) -> tuple[Any, ...]:

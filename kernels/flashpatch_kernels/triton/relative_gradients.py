@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashpatch_kernels.options import Relative
-from flashpatch_kernels.triton import launching, relative, tiles
+from flashpatch_kernels.triton import relative, setups, tiles
 from flashpatch_kernels.triton.stats import Shared
 from flashpatch_kernels.triton.sums import (
     Walk,
@@ -195,12 +195,12 @@ def vectors_gradient(shared: Shared, name: str, owner: Relative) -> Tensor:
     _, _, _, n_queries, n_keys = shared.call.sizes
     tile, fixed = shared.call.tuned("sums")
     n_batch, n_heads, n_rows, size = vectors.shape
-    n_parts = launching.cdiv(size, fixed.EB)
+    n_parts = setups.cdiv(size, fixed.EB)
     low, high = visible(shared.call.options.mask, 1 - n_queries, n_keys - 1)
     out = torch.empty(vectors.shape, dtype=vectors.dtype, device=vectors.device)
     start, add, finish = VECTORS[name]
     steps = (query_steps, query_place) if name == "query_vectors" else (key_steps, key_place)
-    n_programs = n_batch * n_heads * launching.cdiv(n_rows, tile.BM) * n_parts
+    n_programs = n_batch * n_heads * setups.cdiv(n_rows, tile.BM) * n_parts
     sum_ds(
         shared, out, Walk(*steps, finish, None, (low, high, n_parts, size), n_programs, start, add)
     )
@@ -216,7 +216,7 @@ def embeddings_gradient(shared: Shared, name: str, owner: Relative) -> Tensor:
     found = owner.embeddings.new_zeros((n_heads, entries, size), dtype=torch.float32)
     if n_diagonals:
         width = size if name == "value_embeddings" else fixed.EB
-        n_parts = launching.cdiv(size, width)
+        n_parts = setups.cdiv(size, width)
         sums = found.new_empty((n_heads, n_diagonals, n_chunks, n_parts, 2 * tile.BM, width))
         start, add, finish = EMBEDDINGS[name]
         numbers = (first_diagonal, n_diagonals, n_chunks, n_parts)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashpatch_kernels.triton import launching, tiles
+from flashpatch_kernels.triton import setups, tiles
 from flashpatch_kernels.triton.stats import Shared
 from flashpatch_kernels.triton.sums import Walk, own_tile, query_place, query_steps, sum_ds
 from flashpatch_kernels.triton.term_gradients import sink_weights, visible
@@ -49,7 +49,7 @@ def exact(shared: Shared, dlse: Tensor | None) -> Shared:
     tile, _ = call.tuned("sums")
     low, high = visible(call.options.mask, 1 - n_queries, n_keys - 1)
     sums = torch.empty_like(stats)
-    n_programs = n_batch * n_heads * launching.cdiv(n_queries, tile.BM)
+    n_programs = n_batch * n_heads * setups.cdiv(n_queries, tile.BM)
     numbers = (low, high, 1, stats[0].numel())
     functions = (query_steps, query_place, finish_rows, None, numbers)
     sum_ds(shared, sums, Walk(*functions, n_programs, start_rows, add_rows))

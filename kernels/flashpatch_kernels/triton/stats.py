@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashpatch_kernels.triton import launching, tiles
+from flashpatch_kernels.triton import launching, setups, tiles
 from flashpatch_kernels.triton.compiling import kernel
 from flashpatch_kernels.triton.terms import Terms
 from flashpatch_kernels.triton.tiles import LOG2E
@@ -81,7 +81,7 @@ class Shared(NamedTuple):
             `row_sums`.
     """
 
-    call: launching.Setup
+    call: setups.Setup
     added: Terms
     inputs: tuple[Tensor, Tensor, Tensor, Tensor]
     strides: list[int]
@@ -95,7 +95,7 @@ def compute_stats(shared: Shared, out: Tensor, lse: Tensor, dlse: Tensor | None)
     tile, fixed = call.tuned("stats")
     launching.launch(
         stats_kernel,
-        launching.cdiv(n_queries, tile.BM) * n_batch * n_heads,
+        setups.cdiv(n_queries, tile.BM) * n_batch * n_heads,
         tile,
         *(out, dout, lse, dlse, stats),
         *call.strides(out, dout),

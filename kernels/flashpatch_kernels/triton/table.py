@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashpatch_kernels.options import HIDES
-from flashpatch_kernels.triton import launching
+from flashpatch_kernels.triton import launching, setups
 from flashpatch_kernels.triton.compiling import kernel
 from flashpatch_kernels.tuning import Tile
 
@@ -145,7 +145,7 @@ def copies_of(table: Tensor, first: int, rows: int, dtype: torch.dtype, *, both:
     tile = Tile(8, 1024, 4, 1)
     launching.launch(
         copies_kernel,
-        copies.shape[0] * n_heads * (rows // tile.BM) * launching.cdiv(row, tile.BN),
+        copies.shape[0] * n_heads * (rows // tile.BM) * setups.cdiv(row, tile.BN),
         tile,
         *(table.contiguous(), copies, n_heads, rows, row, first, entries),
         *(kind == torch.float16, tile.BM, tile.BN),

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashpatch_kernels.masks import Band
-from flashpatch_kernels.triton import launching
+from flashpatch_kernels.triton import launching, setups
 from flashpatch_kernels.triton.compiling import kernel
 from flashpatch_kernels.triton.stats import Shared
 from flashpatch_kernels.triton.sums import Walk, sum_ds
@@ -245,10 +245,10 @@ def bias_gradient(shared: Shared, bias: Tensor) -> Tensor:
     rows, heads, n_rows, _ = bias.shape
     tile, _ = shared.call.tuned("sums")
     out = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
-    n_programs = rows * heads * launching.cdiv(n_keys, tile.BN)
+    n_programs = rows * heads * setups.cdiv(n_keys, tile.BN)
     functions, fixed = (keys_steps, keys_place, keys_finish), None
     if n_rows == n_queries > 1:
-        n_programs *= launching.cdiv(n_queries, tile.BM)
+        n_programs *= setups.cdiv(n_queries, tile.BM)
         # Of one tile of the bias, the last of the terms but for a user's function.
         functions, fixed = (
             (pairs_steps, pairs_place, pairs_finish),
@@ -277,7 +277,7 @@ def table_gradient(shared: Shared, table: Tensor, ends: Tensor | None) -> Tensor
     width = 128
     launching.launch(
         entries_kernel,
-        n_heads * launching.cdiv(entries, width),
+        n_heads * setups.cdiv(entries, width),
         Tile(tile.BM, tile.BN, 4, 1),
         *(sums, ends, out, first, entries, n_batch, n_heads),
         *(0 if ends is None else ends.shape[3], first_diagonal, n_diagonals, n_chunks),
@@ -286,7 +286,7 @@ def table_gradient(shared: Shared, table: Tensor, ends: Tensor | None) -> Tensor
     return out
 
 
-def diagonals(call: launching.Setup, low: int, high: int) -> tuple[int, int, int]:
+def diagonals(call: setups.Setup, low: int, high: int) -> tuple[int, int, int]:
     """The first diagonal of tiles with visible distances from low to high, how many, and chunks.
 
     The diagonal o has the distances from o BN - BM + 1 to o BN + BN - 1.
@@ -296,8 +296,8 @@ def diagonals(call: launching.Setup, low: int, high: int) -> tuple[int, int, int
     low, high = visible(call.options.mask, low, high)
     first = -((tile.BN - 1 - low) // tile.BN)
     number = max(0, (high + tile.BM - 1) // tile.BN - first + 1)
-    chunks = launching.cdiv(PROGRAMS, max(1, n_heads * number))
-    return first, number, min(chunks, n_batch * launching.cdiv(min(n_queries, n_keys), tile.BM))
+    chunks = setups.cdiv(PROGRAMS, max(1, n_heads * number))
+    return first, number, min(chunks, n_batch * setups.cdiv(min(n_queries, n_keys), tile.BM))
 
 
 def visible(mask: object, low: int, high: int) -> tuple[int, int]:
@@ -315,5 +315,5 @@ def sinks_gradient(stats: Tensor, sinks: Tensor) -> Tensor:
 
 def sink_weights(stats: Tensor, sinks: Tensor) -> Tensor:
     """The weight 2^(sink - lse) of a sink for every query: [B, H, N]."""
-    weights = torch.exp2(sinks.float()[:, None] * launching.LOG2E - stats[0])
+    weights = torch.exp2(sinks.float()[:, None] * setups.LOG2E - stats[0])
     return weights * stats[2] if len(stats) == 3 else weights

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from flashpatch_kernels.triton import bias, launching, relative, scores, slopes, table
+from flashpatch_kernels.triton import bias, relative, scores, setups, slopes, table
 
 
 class Term(NamedTuple):
@@ -86,7 +86,7 @@ class Terms(NamedTuple):
     far: bool
 
 
-def terms_of(call: launching.Setup, *, both: bool) -> Terms:
+def terms_of(call: setups.Setup, *, both: bool) -> Terms:
     """The terms of a call, for tiles of `both` orientations or only [queries, keys]."""
     options = call.options
     n_queries, n_keys = call.sizes[3:]
@@ -144,7 +144,7 @@ COPIED_TILES = (
 
 
 def _table(
-    x: Tensor, call: launching.Setup, *, tma: bool, both: bool
+    x: Tensor, call: setups.Setup, *, tma: bool, both: bool
 ) -> tuple[tuple[Functions, Functions], tuple[Tensor, Tensor], tuple[int, int, int, int]]:
     """`open` and `add` of a table for both orientations, what each reads, and its numbers."""
     first = 1 - call.sizes[3] if call.options.first is None else call.options.first
@@ -164,17 +164,17 @@ def _bias(
     _, _, group, _, n_keys = sizes
     x = x if x.stride(-1) == 1 or n_keys == 1 else x.contiguous()
     if x.shape[2] == 1 or x.stride(2) == 0:
-        x = x[:, :, :1].float() if launching.NVIDIA else x
-        strides = launching.strides(x)
+        x = x[:, :, :1].float() if setups.NVIDIA else x
+        strides = setups.strides(x)
         if group == 1 or strides[1] == 0:
-            return SHARED_KEYS_ONCE if launching.NVIDIA else SHARED_KEYS, x, strides
-        return KEYS_ONCE if launching.NVIDIA else KEYS, x, strides
+            return SHARED_KEYS_ONCE if setups.NVIDIA else SHARED_KEYS, x, strides
+        return KEYS_ONCE if setups.NVIDIA else KEYS, x, strides
     if tma and _aligned(x):
-        return TILES, x, [stride // 8 for stride in launching.strides(x)]
-    return POINTERS, x, launching.strides(x)
+        return TILES, x, [stride // 8 for stride in setups.strides(x)]
+    return POINTERS, x, setups.strides(x)
 
 
 def _aligned(x: Tensor) -> bool:
     """Whether the copy engine can read every row."""
-    strides = launching.strides(x)
+    strides = setups.strides(x)
     return x.element_size() <= 4 and x.data_ptr() % 16 == 0 and not any(s % 8 for s in strides)

@@ -6,11 +6,11 @@ Letters: N queries, M keys, tiles of BM queries and BN keys.
 import torch
 from torch import Tensor
 
-from flashpatch_kernels.triton import launching, tile_masks
+from flashpatch_kernels.triton import launching, setups, tile_masks
 from flashpatch_kernels.tuning import Tile
 
 
-def key_lists(mask: launching.MaskCode, tile: Tile, n_queries: int, n_keys: int) -> Tensor | None:
+def key_lists(mask: setups.MaskCode, tile: Tile, n_queries: int, n_keys: int) -> Tensor | None:
     """The key tiles of every query tile under a Boolean, as `ordered` gives them."""
     if not mask.is_boolean:
         return None
@@ -18,7 +18,7 @@ def key_lists(mask: launching.MaskCode, tile: Tile, n_queries: int, n_keys: int)
 
 
 def key_tiles(
-    mask: launching.MaskCode, tile: Tile, rows: int, n_queries: int, n_keys: int
+    mask: setups.MaskCode, tile: Tile, rows: int, n_queries: int, n_keys: int
 ) -> Tensor | None:
     """The key tiles of every query tile under Intervals, for programs that stay for many.
 
@@ -31,7 +31,7 @@ def key_tiles(
     if bounds is None:
         return None
     runs, runs_batch = mask.runs
-    n_tiles = launching.cdiv(n_queries, tile.BM)
+    n_tiles = setups.cdiv(n_queries, tile.BM)
     found = bounds.new_empty(mask.n_masks[0], 1, n_tiles, 4)
     launching.launch(
         tile_masks.key_tiles_kernel,
@@ -44,7 +44,7 @@ def key_tiles(
 
 
 def query_lists(
-    mask: launching.MaskCode, tile: Tile, group: int, n_queries: int, n_keys: int
+    mask: setups.MaskCode, tile: Tile, group: int, n_queries: int, n_keys: int
 ) -> Tensor | None:
     """The query tiles of every key tile, where a mask needs lists of them.
 
@@ -62,7 +62,7 @@ def query_lists(
     if bounds is None:
         return None
     runs, runs_batch = mask.runs
-    n_key_tiles = launching.cdiv(n_keys, tile.BN)
+    n_key_tiles = setups.cdiv(n_keys, tile.BN)
     seen = bounds.new_empty(mask.n_masks[0], 1, n_key_tiles, 4)
     launching.launch(
         tile_masks.query_tiles_kernel,
@@ -74,11 +74,11 @@ def query_lists(
     return seen
 
 
-def states(mask: launching.MaskCode, tile: Tile, n_queries: int, n_keys: int) -> Tensor:
+def states(mask: setups.MaskCode, tile: Tile, n_queries: int, n_keys: int) -> Tensor:
     """How much of a tile is seen, 0 nothing, 1 a part, 2 all: [B|1, H|1, query, key tiles]."""
     allowed, *strides = mask.bounds
     assert allowed is not None
-    shape = (*mask.n_masks, launching.cdiv(n_queries, tile.BM), launching.cdiv(n_keys, tile.BN))
+    shape = (*mask.n_masks, setups.cdiv(n_queries, tile.BM), setups.cdiv(n_keys, tile.BN))
     found = allowed.new_empty(shape, dtype=torch.int8)
     launching.launch(
         tile_masks.states_kernel,
