@@ -137,14 +137,16 @@ def backward(
             # A row that sees nothing: exp(S - inf) is 0.
             L.masked_fill_(L.isneginf(), torch.inf)
             delta = (dO * heads.take(out, rows)).sum(-1, keepdim=True)
-            if dlse is not None:
-                delta -= heads.take(dlse[..., None], rows)
+            dL = None if dlse is None else heads.take(dlse[..., None], rows)
+            if dL is not None:
+                delta -= dL
             if options.dropout:
                 dO = dO / heads.keep_probability
             if "sinks" in sums:
                 heads.add_sink_gradient(sums["sinks"], L, delta)
             dQ = torch.zeros_like(Q)
-            for j0, j1 in heads.key_tiles(rows):
+            tiles = list(heads.key_tiles(rows))
+            for j0, j1 in tiles:
                 S, tanh = heads.scores(Q, rows, j0, j1)
                 P = unit.exp_(S.sub_(L))
                 kept = heads.kept(rows, j0, j1)
@@ -166,6 +168,8 @@ def backward(
                     _drop(dP, kept)
                 dS = heads.skewed(P.shape, rows) if "whole table" in sums else dP
                 torch.mul(dP.sub_(delta), P, out=dS)
+                if len(tiles) == 1 and heads.sinks is None:
+                    _balance(dS, P, dL)
                 if "whole table" in sums:
                     heads.add_table_gradient(sums["whole table"], dS, rows, j0, j1)
                 if "bias" in sums:
@@ -477,6 +481,20 @@ class _Mask:
 def _forbid(seen: Tensor, S: Tensor) -> Tensor:
     """0 where `seen`, -inf elsewhere."""
     return S.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+
+
+def _balance(dS: Tensor, P: Tensor, dL: Tensor | None) -> None:
+    """Takes delta's rounding out of the dS of rows whose keys are all in this tile, in place.
+
+    A constant added to all scores of a row adds as much to its lse and changes no weight: the dS of
+    a row sum to its dlse. What they exceed it by is the rounding of delta, and that of `out` in its
+    dtype. Where values are alike, dP and delta are far larger than their difference, and it would
+    be the largest error of the gradients.
+    """
+    excess = dS.sum(-1, keepdim=True)
+    if dL is not None:
+        excess -= dL
+    dS.addcmul_(P, excess, value=-1)
 
 
 def _drop(x: Tensor, kept: Tensor) -> Tensor:

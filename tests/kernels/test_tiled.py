@@ -200,6 +200,22 @@ def test_a_sink_takes_the_weight_of_rows_that_see_nothing(sample):
     assert torch.allclose(lse, one.options.sinks[:, None].expand(2, 4, 37))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mask", ["full", "causal", "causal keys"])
+@pytest.mark.parametrize("terms", [(), ("softcap", "slopes", "relative_values")])
+def test_alike_keys_and_values_have_gradients_as_exact_as_pytorch(
+    sample, check, monkeypatch, dtype, mask, terms
+):
+    # All keys in one tile. dP and delta are ten times their difference, and the rounding of delta
+    # would be multiplied by the sum of keys that are alike too.
+    monkeypatch.setattr(tiled, "CPU_TILE", tiled.TileSize(16, 48, 2 * 16 * 48))
+    one = sample(mask, dtype=dtype, terms=terms, d=64)
+    with torch.no_grad():
+        for x in (one.k, one.v):
+            x[:] = 1 + x / 10
+    check(one, attend)
+
+
 @pytest.mark.parametrize("hidden", [-torch.inf, torch.finfo(torch.float32).min, -1e10])
 def test_a_bias_without_bound_hides_its_keys(sample, check, hidden):
     one = sample("full", terms=("bias",), bias_shape=(2, 1, 37))
