@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashpatch_kernels import dropout, tiled
+from flashpatch_kernels import dropout, tiled, tiled_heads, tiled_masks
 from flashpatch_kernels.masks import Band, Boolean, Intervals
 from flashpatch_kernels.op import run
 from flashpatch_kernels.options import Options, Relative
@@ -338,13 +338,13 @@ def test_on_a_device_no_mask_is_read():
 def test_a_mask_read_on_a_cpu_and_one_that_is_not_give_the_same(sample, mask_name, monkeypatch):
     one = sample(mask_name, terms=("table",))
     read = one.answer(attend)
-    whole = tiled._Mask.rows
+    whole = tiled_masks.TileMask.rows
 
     def rows(self, i0, i1):
         self.readable = False
         return whole(self, i0, i1)
 
-    monkeypatch.setattr(tiled._Mask, "rows", rows)
+    monkeypatch.setattr(tiled_masks.TileMask, "rows", rows)
     unread = one.answer(attend)
     for name in read:
         assert torch.allclose(read[name], unread[name], atol=1e-5), name
@@ -354,13 +354,13 @@ def test_a_mask_read_on_a_cpu_and_one_that_is_not_give_the_same(sample, mask_nam
 def test_tiles_that_a_mask_hides_are_skipped(sample, mask, monkeypatch):
     """Counts the scores that are computed: fewer than all of them."""
     counted = []
-    scores = tiled._Heads.scores
+    scores = tiled_heads.Heads.scores
 
     def count(self, Q, rows, j0, j1):
         counted.append(Q.shape[0] * Q.shape[1] * (j1 - j0))
         return scores(self, Q, rows, j0, j1)
 
-    monkeypatch.setattr(tiled._Heads, "scores", count)
+    monkeypatch.setattr(tiled_heads.Heads, "scores", count)
     one = sample(mask, n=96, m=96)
     attend(one.q, one.k, one.v, one.options)
     assert sum(counted) < 0.85 * 2 * 4 * 96 * 96
