@@ -4,7 +4,6 @@
 schema can say, and the engine's name. They are what autograd, torch.compile and checkpointing see.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
@@ -16,9 +15,9 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.nn import Parameter
 
-from flashpatch_kernels import checks, masks, reference, sdpa, second_order
+from flashpatch_kernels import checks, masks, reference, schema, sdpa, second_order
 from flashpatch_kernels.engines import Call, choose, computing_dtype, device_type
-from flashpatch_kernels.masks import Band, Boolean, Intervals, Mask
+from flashpatch_kernels.masks import Mask
 from flashpatch_kernels.options import TERMS, Options, Relative, Score
 
 # Arguments of `attention` that go by the distance of query and key, or by their place.
@@ -205,7 +204,7 @@ def run(
     if engine == "reference":
         return reference.attention(q, k, v, options)
     if torch.compiler.is_compiling() or _watched(q):
-        return torch.ops.flashpatch.forward.default(q, k, v, engine, *_flat(options))
+        return torch.ops.flashpatch.forward.default(q, k, v, engine, *schema.flat(options))
     if torch.is_grad_enabled():
         return _Attention.apply(q, k, v, engine, options, *options.terms.values())
     return _compute(q, k, v, engine, options)
@@ -225,91 +224,22 @@ def _watched(q: Tensor) -> bool:
     )
 
 
-def _flat(options: Options) -> tuple[Any, ...]:
-    """The record as arguments of the schema."""
-    mask = options.mask
-    band = mask if isinstance(mask, Band) else Band()
-    score = options.score
-    return (
-        band.left,
-        band.right,
-        band.offset,
-        mask.bounds if isinstance(mask, Intervals) else None,
-        mask.runs if isinstance(mask, Intervals) else None,
-        mask.allowed if isinstance(mask, Boolean) else None,
-        options.scale,
-        options.softcap,
-        options.table,
-        options.first,
-        options.slopes,
-        options.offset,
-        options.bias,
-        options.sinks,
-        *_flat_relative(options.relative_queries),
-        *_flat_relative(options.relative_keys),
-        *_flat_relative(options.relative_values),
-        None if score is None else score.name,
-        [] if score is None else list(score.arguments),
-        options.dropout,
-        options.seed,
-    )
-
-
-def _record(
-    left: int | None,
-    right: int | None,
-    offset: int,
-    bounds: Tensor | None,
-    runs: Tensor | None,
-    allowed: Tensor | None,
-    *rest: Any,
-) -> Options:
-    """The arguments of the schema as a record."""
-    plain, relative, (name, tensors, *drop) = rest[:8], rest[8:17], rest[17:]
-    mask: Mask = Band(left, right, offset)
-    if allowed is not None:
-        mask = Boolean(allowed)
-    elif bounds is not None:
-        mask = Intervals(bounds, runs)
-    score = None if name is None else Score.named(name, tuple(tensors))
-    records = [
-        None if embeddings is None else Relative(embeddings, first, vectors)
-        for vectors, embeddings, first in (relative[:3], relative[3:6], relative[6:])
-    ]
-    return Options(mask, *plain, *records, score, *drop)  # pyright: ignore[reportCallIssue]
-
-
-def _flat_relative(relative: Relative | None) -> tuple[Tensor | None, Tensor | None, int]:
-    if relative is None:
-        return None, None, 0
-    return relative.vectors, relative.embeddings, relative.first
-
-
-_OPTIONS = (
-    "SymInt? left, SymInt? right, SymInt offset, Tensor? bounds, Tensor? runs, Tensor? allowed, "
-    "float scale, float? softcap, Tensor? table, SymInt? first, Tensor? slopes, SymInt? origin, "
-    "Tensor? bias, Tensor? sinks, "
-    "Tensor? query_vectors, Tensor? query_embeddings, SymInt query_first, "
-    "Tensor? key_vectors, Tensor? key_embeddings, SymInt key_first, "
-    "Tensor? value_vectors, Tensor? value_embeddings, SymInt value_first, "
-    "str? score, Tensor[] score_arguments, float dropout, Tensor? seed"
-)
-# Where the tensors stand among the options, and the differentiable ones among all arguments.
-_TENSORS = [at for at, x in enumerate(_OPTIONS.split(", ")) if x.startswith("Tensor?")]
-_NAMES = [argument.split()[1] for argument in _OPTIONS.split(", ")]
-_DIFFERENTIABLE = {name: 4 + _NAMES.index(name) for name in TERMS} | {"q": 0, "k": 1, "v": 2}
+# Where the differentiable tensors stand among all arguments.
+_DIFFERENTIABLE = {name: 4 + schema.NAMES.index(name) for name in TERMS} | {"q": 0, "k": 1, "v": 2}
 _DIFFERENTIABLE = dict(sorted(_DIFFERENTIABLE.items(), key=lambda item: item[1]))
 
 library = torch.library.Library("flashpatch", "DEF")
-library.define(f"forward(Tensor q, Tensor k, Tensor v, str engine, {_OPTIONS}) -> (Tensor, Tensor)")
+library.define(
+    f"forward(Tensor q, Tensor k, Tensor v, str engine, {schema.OPTIONS}) -> (Tensor, Tensor)"
+)
 library.define(
     "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"str engine, str[] needs, {_OPTIONS}) -> Tensor[]"
+    f"str engine, str[] needs, {schema.OPTIONS}) -> Tensor[]"
 )
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, engine: str, *options: Any) -> tuple[Tensor, Tensor]:
-    return _compute(q, k, v, engine, _record(*options))
+    return _compute(q, k, v, engine, schema.record(*options))
 
 
 def _compute(
@@ -333,7 +263,7 @@ def _backward(
 ) -> list[Tensor]:
     with _without_autocast(q):
         grads = _module(engine).backward(
-            dout, dlse, q, k, v, out, lse, _record(*options), frozenset(needs)
+            dout, dlse, q, k, v, out, lse, schema.record(*options), frozenset(needs)
         )
     return [grads[name] for name in needs]
 
@@ -379,7 +309,7 @@ def _fake_backward(
     needs: list[str],
     *options: Any,
 ) -> list[Tensor]:
-    record = _record(*options)
+    record = schema.record(*options)
     tensors = {"q": q, "k": k, "v": v}
     grads = {name: torch.empty_like(x) for name, x in tensors.items()}
     grads.update({name: x.new_empty(x.shape) for name, x in record.terms.items()})
@@ -389,34 +319,14 @@ def _fake_backward(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.engine = inputs[3]
-    ctx.options, tensors = _apart(inputs[4:])
+    ctx.options, tensors = schema.apart(inputs[4:])
     ctx.save_for_backward(*inputs[:3], *output, *tensors)
-
-
-# Stands for a tensor among options that are saved.
-_TENSOR = object()
-
-
-def _apart(options: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
-    """The options without their tensors, and these."""
-    plain, tensors = list(options), []
-    for at in _TENSORS:
-        if plain[at] is not None:
-            tensors.append(plain[at])
-            plain[at] = _TENSOR
-    return plain, tensors
-
-
-def _together(plain: list[Any], tensors: Sequence[Tensor]) -> list[Any]:
-    """The options with their tensors."""
-    rest = iter(tensors)
-    return [next(rest) if x is _TENSOR else x for x in plain]
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     wanted = ctx.needs_input_grad
     found = _gradients(ctx, [x for x, at in _DIFFERENTIABLE.items() if wanted[at]], dout, dlse)
-    grads: list[Any] = [None] * 4 + _none_of(ctx.options)
+    grads: list[Any] = [None] * 4 + schema.none_of(ctx.options)
     for name, grad in found.items():
         grads[_DIFFERENTIABLE[name]] = grad
     return tuple(grads)
@@ -434,7 +344,7 @@ def _gradients(
     # With gradients enabled, the gradients are to be differentiated again.
     watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or _watched(q)
     backward = torch.ops.flashpatch.backward.default if watched else _backward
-    options = _together(ctx.options, tensors)
+    options = schema.together(ctx.options, tensors)
     found = backward(dout, dlse, q, k, v, out, lse, ctx.engine, needs, *options)
     return dict(zip(needs, found, strict=True))
 
@@ -450,7 +360,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, engine: str, options: Options, *_terms: Tensor
     ) -> tuple[Tensor, Tensor]:
         output = _compute(q, k, v, engine, options)
-        _save(ctx, (q, k, v, engine, *_flat(options)), output)
+        _save(ctx, (q, k, v, engine, *schema.flat(options)), output)
         ctx.names = ("q", "k", "v", None, None, *options.terms)
         return output
 
@@ -461,14 +371,9 @@ class _Attention(torch.autograd.Function):
         return tuple(found.get(name) for name in ctx.names)
 
 
-def _none_of(options: list[Any]) -> list[Any]:
-    """No gradient for any of the options: a list of none for a list."""
-    return [[None] * len(x) if isinstance(x, list) else None for x in options]
-
-
 def _save_twice(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:  # noqa: ARG001
     dout, dlse, q, k, v, _, _, ctx.engine, ctx.needs, *options = inputs
-    ctx.options, tensors = _apart(options)
+    ctx.options, tensors = schema.apart(options)
     ctx.save_for_backward(dout, dlse, q, k, v, *tensors)
 
 
@@ -479,8 +384,8 @@ def _differentiate_twice(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any
             f"engine {ctx.engine!r} has no second derivative; engine='tiled' has"
         )
     dout, dlse, q, k, v, *tensors = ctx.saved_tensors
-    flat = _together(ctx.options, tensors)
-    options = _record(*flat)
+    flat = schema.together(ctx.options, tensors)
+    options = schema.record(*flat)
     if options.dropout:
         raise NotImplementedError("attention with dropout has no second derivative")
     if torch.is_grad_enabled():
@@ -494,7 +399,7 @@ def _differentiate_twice(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any
     )
     first = [found.get(name) for name in ("dout", "dlse", "q", "k", "v")]
     before = [*first, None, None, None, None]  # then the output, the lse, engine and needs
-    grads: list[Any] = [*before, *_none_of(flat)]
+    grads: list[Any] = [*before, *schema.none_of(flat)]
     for name in TERMS:
         # both schemas end with the options; that of `forward` has 4 arguments before them
         grads[_DIFFERENTIABLE[name] - 4 + len(before)] = found.get(name)

@@ -14,7 +14,7 @@ from beartype import beartype
 from torch.utils.checkpoint import checkpoint
 
 import flashpatch_kernels
-from flashpatch_kernels import attention, checks, op, reference, tiled
+from flashpatch_kernels import attention, checks, op, reference, schema, tiled
 from flashpatch_kernels.masks import Band, Boolean, Intervals, key_mask
 from flashpatch_kernels.options import Options, Relative, Score
 
@@ -575,7 +575,7 @@ def test_the_operators_keep_the_rules_of_torch(name):
         **call,
     )
     inputs = tensors(grad=True)
-    flat = op._flat(options)
+    flat = schema.flat(options)
     torch.library.opcheck(torch.ops.flashpatch.forward.default, (*inputs, "tiled", *flat))
     with torch.no_grad():
         out, lse = torch.ops.flashpatch.forward.default(*inputs, "tiled", *flat)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flashpatch_kernels import Score, attention, engines, op, tiled
+from flashpatch_kernels import Score, attention, engines, op, schema, tiled
 from flashpatch_kernels.options import Options
 
 TAKEN = ["s", "i", "j", "batch", "head", "arguments"]
@@ -125,7 +125,7 @@ def test_functions_of_one_name_are_told_apart():
 
 def test_the_operators_keep_the_rules_of_torch(multiplying):
     q, k, v = tensors()
-    flat = op._flat(Options(score=Score(MULTIPLY, DERIVATIVE, (torch.rand(4),))))
+    flat = schema.flat(Options(score=Score(MULTIPLY, DERIVATIVE, (torch.rand(4),))))
     torch.library.opcheck(torch.ops.flashpatch.forward.default, (q, k, v, "triton", *flat))
     q, k, v = (x.detach() for x in (q, k, v))
     out, lse = torch.ops.flashpatch.forward.default(q, k, v, "triton", *flat)
