@@ -160,10 +160,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     Returns:
         Output (B, H, N, Dv), laid out as (B, N, H, Dv), and lse, fp32 (B, H, N).
     """
-    plan = plans.plan_of(forward_kernel, q, k, v, options)
-    if not plan.kept:  # perhaps because of rows that are not read as they are
-        q, k, v = setups.readable(q), setups.readable(k), setups.readable(v)
-        plan = plans.plan_of(forward_kernel, q, k, v, options)
+    plan, q, k, v = plans.plan_of(forward_kernel, q, k, v, options)
     with launching.on(q.device):
         out, lse = plan.outputs(q, v)
         if plan.again(q, k, v, out, lse, options.sinks) is not None:

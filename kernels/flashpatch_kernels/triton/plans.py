@@ -56,8 +56,19 @@ class Plan:
         return self._launch.compiled
 
 
-def plan_of(kernel: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Plan:
-    """The plan that alike calls of a kernel share; one of its own for a call that shares none.
+def plan_of(
+    kernel: Any, q: Tensor, k: Tensor, v: Tensor, options: Options
+) -> tuple[Plan, Tensor, Tensor, Tensor]:
+    """The plan that alike calls of a kernel share, and q, k and v as kernels can read them."""
+    plan = _plan_of(kernel, q, k, v, options)
+    if not plan.kept:  # perhaps because of rows that are not read as they are
+        q, k, v = setups.readable(q), setups.readable(k), setups.readable(v)
+        plan = _plan_of(kernel, q, k, v, options)
+    return plan, q, k, v
+
+
+def _plan_of(kernel: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Plan:
+    """The plan that alike calls share; one of its own for a call that shares none.
 
     Shared are those under a Band and without terms but sinks, of tensors that are read as they are.
     The tensors that such a call makes follow from those that it is given, and lie at multiples of
