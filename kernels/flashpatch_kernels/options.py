@@ -141,7 +141,7 @@ class Options:
     def terms(self) -> dict[str, Tensor]:
         """The differentiable tensors that the call has, by the names of `TERMS`."""
         found = {}
-        for name, (owner, part) in _PATHS.items():
+        for name, (owner, part) in TERMS.items():
             x = getattr(self, owner)
             if part and x is not None:
                 x = getattr(x, part)
@@ -153,23 +153,21 @@ class Options:
         """The same with other tensors in the place of those named."""
         changed: dict[str, Any] = {}
         for name, x in terms.items():
-            owner, part = _PATHS[name]
+            owner, part = TERMS[name]
             whole = changed.get(owner, getattr(self, owner))
             changed[owner] = replace(whole, **{part: x}) if part else x
         return replace(self, **changed)
 
 
-# The name of each differentiable tensor, and where in Options it stands.
+# The names of the differentiable tensors: the attribute of Options, and what of it, or "".
 TERMS = {
-    "table": "table",
-    "slopes": "slopes",
-    "bias": "bias",
-    "sinks": "sinks",
-    "query_vectors": "relative_queries.vectors",
-    "query_embeddings": "relative_queries.embeddings",
-    "key_vectors": "relative_keys.vectors",
-    "key_embeddings": "relative_keys.embeddings",
-    "value_embeddings": "relative_values.embeddings",
+    "table": ("table", ""),
+    "slopes": ("slopes", ""),
+    "bias": ("bias", ""),
+    "sinks": ("sinks", ""),
+    "query_vectors": ("relative_queries", "vectors"),
+    "query_embeddings": ("relative_queries", "embeddings"),
+    "key_vectors": ("relative_keys", "vectors"),
+    "key_embeddings": ("relative_keys", "embeddings"),
+    "value_embeddings": ("relative_values", "embeddings"),
 }
-# The same taken apart: the attribute, and what of it, or "".
-_PATHS = {name: path.partition(".")[::2] for name, path in TERMS.items()}

@@ -157,7 +157,7 @@ def backward(
                     _drop(dP, kept)
                 dS = heads.skewed(P.shape, rows) if "whole table" in sums else dP
                 torch.mul(dP.sub_(delta), P, out=dS)
-                if len(tiles) == 1 and heads.sinks is None:
+                if len(tiles) == 1 and heads.sinks is None:  # a sink would have a part of the sum
                     _balance(dS, P, dL)
                 if "whole table" in sums:
                     heads.add_table_gradient(sums["whole table"], dS, rows, j0, j1)
