@@ -318,10 +318,6 @@ HOPPER = Engine(
             _slopes_exact,
         ),
         (
-            Reason("HOPPER_SOFTCAP", "the Hopper kernels cap no scores of heads of up to 64"),
-            lambda c: not c.softcap or c.head_size > 64,
-        ),
-        (
             Reason("HOPPER_SCORE", "the Hopper kernels run no functions on scores"),
             lambda c: not c.score,
         ),

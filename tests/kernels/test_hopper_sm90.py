@@ -46,6 +46,8 @@ CALLS = [
     one("backward", 128, "runs", term="slopes", needs=["q", "k", "v"]),
     one("backward", 64, "runs", needs=["q"]),
     one("backward", 128, "runs", needs=["k", "v"]),
+    one("backward", 64, "causal", term="softcap"),
+    one("backward", 128, "band", term="softcap"),
     one("backward", 128, "runs", term="softcap"),
     one("backward", 192, "causal", value_size=128),
     one("backward", 192, "intervals", "float16"),
@@ -72,8 +74,9 @@ LOCAL_BYTES = {
     ("joint_kernel", 128, "runs"): 72,
     ("joint_kernel", 64, "causal", "slopes"): 16,
     ("joint_kernel", 128, "runs", "slopes"): 216,
-    ("key_kernel", 128, "runs", "softcap"): 104,
-    ("query_kernel", 128, "runs", "softcap"): 72,
+    ("joint_kernel", 64, "causal", "softcap"): 16,
+    ("joint_kernel", 128, "band", "softcap"): 88,
+    ("joint_kernel", 128, "runs", "softcap"): 136,
     ("query_kernel", 256, "band"): 32,
     ("query_kernel", 256, "causal"): 32,
     ("query_kernel", 256, "runs"): 48,
@@ -89,8 +92,8 @@ HOT_SPILLS = {
     ("joint_kernel", 128, "runs"): 2,
     # Of a step's 900 instructions some 50 of each consumer; half of them for edges only.
     ("joint_kernel", 128, "runs", "slopes"): 161,
-    ("key_kernel", 128, "runs", "softcap"): 14,
-    ("query_kernel", 128, "runs", "softcap"): 18,
+    ("joint_kernel", 128, "band", "softcap"): 35,
+    ("joint_kernel", 128, "runs", "softcap"): 54,
     ("query_kernel", 256, "runs"): 3,
     ("query_kernel", 256, "runs", "softcap"): 7,
 }
@@ -108,7 +111,7 @@ def own_of(facts):
     if facts["passes"] == ["forward"]:
         return {"forward_kernel"}
     needs = facts.get("needs", ["q", "k", "v"])
-    joint = facts["size"] <= 128 and facts.get("term") != "softcap"
+    joint = facts["size"] <= 128
     keys = {"joint_kernel" if joint else "key_kernel"} if "k" in needs else set()
     return keys | ({"query_kernel"} if needs == ["q"] or not joint else set())
 

@@ -36,21 +36,18 @@ def backward(
     """The gradients that `needs` names, those of q, k and v laid out as these.
 
     What these kernels do not compute the portable ones do: other head sizes, rows that the copy
-    engine cannot read, the gradient of slopes; and capped scores of heads up to 64, which these
-    would compute, but slower.
+    engine cannot read, and the gradient of slopes.
     """
     q, k, v, out, dout = (setups.readable(t) for t in (q, k, v, out, dout))
     written = {"q"} & needs | ({"k", "v"} if {"k", "v"} & needs else set())
     inputs = (q, k, v, dout)
     grads = {n: torch.empty_like(x) for n, x in zip("qkv", inputs[:3], strict=True) if n in written}
     call = setups.Setup.of(q, k, v, (out, dout, *grads.values()), options)
-    capped = options.softcap is not None
     served = (
         tuning.crew("dkdv", *call.head_sizes) is not None
         and call.unit > 1
         and bool(grads)
         and "slopes" not in needs
-        and not (capped and max(call.head_sizes) <= 64)
     )
     if not served:
         return portable.backward(dout, dlse, q, k, v, out, lse, options, needs)
@@ -58,7 +55,7 @@ def backward(
     with launching.on(q.device):
         shared = Shared(call, terms.terms_of(call, both=True), inputs, call.strides(*inputs), stats)
         compute_stats(shared, out, lse.contiguous(), None if dlse is None else dlse.contiguous())
-        joint = tuning.crew("dqdkdv", *call.head_sizes) is not None and not capped
+        joint = tuning.crew("dqdkdv", *call.head_sizes) is not None
         apart = len(grads) < 3 or torch.are_deterministic_algorithms_enabled()
         if joint and not apart:
             launch_joint(shared, grads)

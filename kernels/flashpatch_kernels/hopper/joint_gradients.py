@@ -51,13 +51,19 @@ from flashpatch_kernels.triton import scores
 
 @constexpr_function
 def roomy(C):
-    """Whether registers hold, beside dK and dV, the keys, the values, and P until dS is known.
+    """Whether registers hold, beside dK and dV, the keys and the values.
 
     Never where dQ is left out: in a loop that writes nothing to shared memory the assembler (ptxas
     12.8 to 13.0) gives such registers to others, and results are wrong. `test_hopper_sm90` looks
     for it in the machine code.
     """
     return C.D <= 64 and C.BM <= 64
+
+
+@constexpr_function
+def packed(C):
+    """Whether P, until dS is known, is kept in 16 bits: under a cap there are two tiles of it."""
+    return C.CAP or C.D > 64 or C.BM > 64
 
 
 @constexpr_function
@@ -203,16 +209,16 @@ def consume_step(
     )
     do = take(douts, x, C.SLOTS)  # [BM, D]
     less = minus_delta.index(slot).load(gl.SliceLayout(0, S))
-    if not roomy(C):  # kept in 16 bits from here on
-        pt = pt.to(dtype)
+    wt = pt  # what dP will be multiplied by
+    if not C.PLAIN:
+        wt = scores.product_gradient(pt, t, row, column, head, score, sources, C, ADDS)
+    if packed(C):
+        pt, wt = pt.to(dtype), wt.to(dtype)
     # Begun with these numbers, which saves registers as well.
     dp_started = start_inner(v, chunks(do, C), C.BM, C, less)
     dv_started = warpgroup_mma(operand(pt, dtype, C.D), do, dv, is_async=True)
     dpt = warpgroup_mma_wait(1, deps=(dp_started,))  # [R, BM]
-    dst = dpt * pt if roomy(C) else times_unpacked(dpt, pt)
-    if not C.PLAIN:
-        dst = scores.product_gradient(dst, t, row, column, head, score, sources, C, ADDS)
-    dst = dst.to(dtype)
+    dst = (times_unpacked(dpt, wt) if packed(C) else dpt * wt).to(dtype)
     dk_started = warpgroup_mma(operand(dst, dtype, C.D), q, dk, is_async=True)
     if len(dss) > 0:  # while that goes on, because its way to memory is awaited
         give(dss, x * C.CONSUMERS + consumer, dst, 2 * C.CONSUMERS)
