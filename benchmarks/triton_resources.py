@@ -187,6 +187,7 @@ def record(
     tiles: dict[str, Tile] | None = None,
     crews: dict[str, Crew] | None = None,
     engine: str = "triton",
+    deterministic: bool = False,
 ) -> list[Launch]:
     """The launches of a forward and a backward of head size `size`, of all gradients by default."""
     module = import_module(f"flashpatch_kernels.{engine}")
@@ -200,7 +201,7 @@ def record(
     q, k, v = tensor(heads, size), tensor(2, size), tensor(2, dv)
     more = {} if term is None else terms(heads, n, dtype, size, dv)[term]
     options = Options(mask=masks(n)[mask], scale=size**-0.5, **more)
-    with recording(arch, tiles, crews) as launches:
+    with recording(arch, tiles, crews) as launches, algorithms(deterministic=deterministic):
         out, lse = module.forward(q, k, v, options)
         if "forward" not in passes:
             launches.clear()
@@ -208,6 +209,17 @@ def record(
             names = ("q", "k", "v", *options.terms) if needs is None else needs
             module.backward(tensor(heads, dv), None, q, k, v, out, lse, options, frozenset(names))
     return launches
+
+
+@contextmanager
+def algorithms(*, deterministic: bool) -> Iterator[None]:
+    """Within, torch asks for deterministic algorithms, or does not."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def compile_launch(launch: Launch, capability: int = 90) -> Any:

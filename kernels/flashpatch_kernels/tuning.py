@@ -24,6 +24,7 @@ class Tile(NamedTuple):
         stages: Tiles in flight, the depth of the software pipeline.
         tma: Read tiles by Hopper's bulk copy engine, where alignment allows.
         registers: The most that a thread may use, where a few less let another program run beside.
+        together: Whether all programs run at the same time, because they wait for each other.
     """
 
     BM: int
@@ -32,6 +33,7 @@ class Tile(NamedTuple):
     stages: int
     tma: bool = False
     registers: int | None = None
+    together: bool = False
 
 
 class Crew(NamedTuple):

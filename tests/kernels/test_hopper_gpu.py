@@ -18,9 +18,10 @@ DTYPES = [torch.float16, torch.bfloat16]
 FORWARD, JOINT, KEYS, QUERIES = "forward_kernel", "joint_kernel", "key_kernel", "query_kernel"
 # Which of the engine's own kernels give all gradients; where there are none, portable ones do.
 TOGETHER, APART = [FORWARD, JOINT], [FORWARD, KEYS, QUERIES]
-# Head sizes, what serves them, and what does with gradients that are the same every time.
+# Head sizes, what serves them, and what does with gradients that are the same every time where
+# programs have no order in which they add to dQ.
 SIZES = {64: TOGETHER, 128: TOGETHER, 256: APART}
-DETERMINISTIC = {64: [*TOGETHER, QUERIES], 128: [*TOGETHER, QUERIES], 256: APART}
+UNORDERED = {64: [*TOGETHER, QUERIES], 128: [*TOGETHER, QUERIES], 256: APART}
 
 
 @pytest.fixture(autouse=True)
@@ -389,7 +390,7 @@ def test_200_repeats_give_the_same_bits_but_of_dq(case, launched, mask, d):
     assert launched == TOGETHER * 201
 
 
-@pytest.mark.parametrize("mask", ["causal", "causal keys"])
+@pytest.mark.parametrize("mask", ["full", "causal", "causal keys"])
 @pytest.mark.parametrize("d", SIZES)
 def test_200_repeats_of_deterministic_algorithms_give_the_same_bits(
     case, launched, deterministic, mask, d
@@ -399,14 +400,45 @@ def test_200_repeats_of_deterministic_algorithms_give_the_same_bits(
     for _ in range(200):
         again = one.answer(attend)
         assert all(torch.equal(again[name], x) for name, x in first.items())
-    assert launched == DETERMINISTIC[d] * 201
+    assert launched == (SIZES if mask == "full" else UNORDERED)[d] * 201
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "causal keys"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [64, 128, 96])
 def test_deterministic_algorithms_are_as_exact(case, compare, deterministic, mask, dtype, d):
-    compare(case(mask, n=900, m=1001, d=d, dtype=dtype), DETERMINISTIC[128])
+    compare(case(mask, n=900, m=1001, d=d, dtype=dtype), UNORDERED[128])
+
+
+# Queries, keys, row of the batch, heads and heads of keys: fewer programs than there are, more,
+# and such as have one more tile than others; as many tiles of keys as one, odd and even numbers.
+CROWDS = [
+    (100, 100, 1, 2, 2),
+    (300, 128, 2, 4, 2),
+    (1001, 1001, 3, 8, 8),
+    (1500, 900, 5, 12, 4),
+    (2048, 2048, 4, 16, 16),
+    (2100, 2100, 3, 24, 8),
+    (5000, 5000, 2, 8, 1),
+]
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize(("n", "m", "batch", "heads", "kv_heads"), CROWDS)
+def test_programs_add_in_one_order_however_many(
+    case, launched, deterministic, d, n, m, batch, heads, kv_heads
+):
+    one = many(case("full", n=n, m=m, d=d), batch, heads, kv_heads)
+    torch.use_deterministic_algorithms(False)
+    usual = one.answer(attend)
+    torch.use_deterministic_algorithms(True)
+    first = one.answer(attend)
+    for _ in range(3):
+        again = one.answer(attend)
+        assert all(torch.equal(again[name], x) for name, x in first.items())
+    assert launched == TOGETHER * 5
+    error = (first["q"].double() - usual["q"]).norm()
+    assert error <= 2 * torch.finfo(one.q.dtype).eps * usual["q"].double().norm()
 
 
 def test_deterministic_algorithms_give_the_same_gradients(case, assert_as_exact_as_pytorch):

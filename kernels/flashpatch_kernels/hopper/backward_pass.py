@@ -1,8 +1,9 @@
 """Backward on Hopper: which kernels give the gradients of a call.
 
 One kernel gives those of k and v, and adds up that of q in memory. Additions take as long as
-products where heads are wide, and come in no fixed order: then another kernel gives the gradient of
-q, from products that are computed twice.
+products where heads are wide, and come in no fixed order unless programs wait for each other, which
+they do under some masks only: else another kernel gives the gradient of q, from products that are
+computed twice.
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ from flashpatch_kernels.hopper import crews
 from flashpatch_kernels.hopper.joint_gradients import joint_kernel
 from flashpatch_kernels.hopper.key_gradients import key_kernel
 from flashpatch_kernels.hopper.query_gradients import query_kernel
+from flashpatch_kernels.masks import Band
 from flashpatch_kernels.options import Options
 from flashpatch_kernels.triton import launching, setups, terms, tile_lists
 from flashpatch_kernels.triton.stats import Shared, compute_stats
@@ -56,9 +58,9 @@ def backward(
         shared = Shared(call, terms.terms_of(call, both=True), inputs, call.strides(*inputs), stats)
         compute_stats(shared, out, lse.contiguous(), None if dlse is None else dlse.contiguous())
         joint = tuning.crew("dqdkdv", *call.head_sizes) is not None
-        apart = len(grads) < 3 or torch.are_deterministic_algorithms_enabled()
-        if joint and not apart:
-            launch_joint(shared, grads)
+        same = torch.are_deterministic_algorithms_enabled()
+        if joint and len(grads) == 3 and (not same or has_order(call)):
+            launch_joint(shared, grads, in_order=same)
         else:
             if "k" in grads:
                 launch_keys(shared, grads, joint)
@@ -68,11 +70,25 @@ def backward(
     return {name: grad for name, grad in grads.items() if name in needs} | found
 
 
-def launch_joint(shared: Shared, grads: dict[str, Tensor]) -> None:
+def has_order(call: setups.Setup) -> bool:
+    """Whether programs that add to dQ have an order in which they hardly wait, see `ordering`."""
+    mask, (*_, n_queries, n_keys) = call.options.mask, call.sizes
+    full = isinstance(mask, Band) and mask.left is None and mask.right is None
+    return full and n_queries >= n_keys
+
+
+def launch_joint(shared: Shared, grads: dict[str, Tensor], *, in_order: bool) -> None:
     """The gradients of k and v, and that of q out of a sum in memory."""
     sums = torch.zeros_like(grads["q"], dtype=torch.float32)
     strides = [stride // 4 for stride in setups.strides(sums)]
-    launch_key_pass(joint_kernel, "dqdkdv", shared, (sums, grads["k"], grads["v"]), strides)
+    counts = None
+    if in_order:
+        tile, _ = crews.tuned(shared.call, "dqdkdv")
+        n_batch, n_heads, _, n_queries, _ = shared.call.sizes
+        shape = n_batch, n_heads, setups.cdiv(n_queries, tile.BM)
+        counts = torch.zeros(shape, dtype=torch.int32, device=sums.device)
+    outputs = sums, counts, grads["k"], grads["v"]
+    launch_key_pass(joint_kernel, "dqdkdv", shared, outputs, strides, together=in_order)
     torch.mul(sums, shared.call.options.scale, out=grads["q"])
 
 
@@ -80,15 +96,24 @@ def launch_keys(shared: Shared, grads: dict[str, Tensor], joint: bool) -> None:
     """The gradients of k and v, by what of the joint kernel is for them, or by one of their own."""
     outputs = grads["k"], grads["v"]
     if joint:
-        launch_key_pass(joint_kernel, "dkdv", shared, (None, *outputs), [0, 0, 0])
+        launch_key_pass(joint_kernel, "dkdv", shared, (None, None, *outputs), [0, 0, 0])
     else:
         launch_key_pass(key_kernel, "dkdv", shared, outputs, [])
 
 
 def launch_key_pass(
-    kernel: Any, name: tuning.CrewPass, shared: Shared, outputs: tuple[Any, ...], strides: list[int]
+    kernel: Any,
+    name: tuning.CrewPass,
+    shared: Shared,
+    outputs: tuple[Any, ...],
+    strides: list[int],
+    *,
+    together: bool = False,
 ) -> None:
-    """A kernel whose programs own keys; `strides` are those of what is summed."""
+    """A kernel whose programs own keys; `strides` are those of what is summed.
+
+    They run `together` where they wait for each other.
+    """
     call = shared.call
     n_batch, n_heads, group, n_queries, n_keys = call.sizes
     tile, fixed = crews.tuned(call, name)
@@ -97,7 +122,7 @@ def launch_key_pass(
     launching.launch(
         kernel,
         crews.programs(call, name, n_tiles * n_batch * (n_heads // group)),
-        tile,
+        tile._replace(together=together),
         *(*shared.inputs, shared.stats, *outputs),
         *(*shared.strides, *call.strides(*outputs[-2:]), *strides),
         *(*call.sizes, n_tiles, float(call.options.scale), call.to_log2),

@@ -5,15 +5,16 @@ a consumer computes, in the letters of `triton.backward_pass`,
     S^T = K Q^T     dP^T = V dO^T     P^T, dS^T in registers
     dV += P^T dO    dK += dS^T Q
 and hands dS on through shared memory, because dQ sums over the keys of all consumers: one more
-warpgroup multiplies dQ^T = K^T dS^T and adds it to a matrix in float32, by the copy engine. That is
-in no fixed order, so that the last bits of dQ may differ from run to run; dK and dV are the same
-every time. Without that matrix dQ is left to `query_gradients`.
+warpgroup multiplies dQ^T = K^T dS^T, and the producer has the copy engine add it to a matrix in
+float32. That is in no fixed order, so that the last bits of dQ may differ from run to run, or in
+one that programs wait for (`ordering`); dK and dV are the same every time. Without that matrix dQ
+is left to `query_gradients`.
 
 What bounds it is shared memory, which products read. Heads of 64 leave room in registers for what
 is the same for all tiles of queries: keys and values (see `roomy`).
 
 Programs of one head run at the same time. Each begins with another tile of queries, because the
-memory that they add dQ to would else be the same for all of them.
+memory that they add dQ to would else be the same for all of them (`scheduling.course`).
 
 Letters: B batch, H query heads, N queries, M keys, D head size.
 
@@ -23,7 +24,6 @@ Source: Shah et al., FlashAttention-3 (2024), section 3.1 and appendix B.1.
 from triton import constexpr_function
 
 from flashpatch_kernels.hopper.gluon import (
-    barrier,
     fence_async_shared,
     gl,
     jit,
@@ -35,6 +35,7 @@ from flashpatch_kernels.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from flashpatch_kernels.hopper.ordering import await_count, rank, read_count, tell_count
 from flashpatch_kernels.hopper.products import (
     anew,
     chunks,
@@ -43,8 +44,19 @@ from flashpatch_kernels.hopper.products import (
     start_inner,
     times_unpacked,
 )
-from flashpatch_kernels.hopper.rings import give, leave, matrix, put, put_numbers, ring, take
-from flashpatch_kernels.hopper.scheduling import place, step_place, turns
+from flashpatch_kernels.hopper.rings import (
+    await_free,
+    give,
+    leave,
+    matrix,
+    put,
+    put_numbers,
+    ring,
+    take,
+    tell_full,
+    tile_of,
+)
+from flashpatch_kernels.hopper.scheduling import course, place, step_place, turns
 from flashpatch_kernels.hopper.weights import weights
 from flashpatch_kernels.triton import scores
 
@@ -73,10 +85,42 @@ def registers_left(C):
 
 
 @jit
+def read_stats(STATS, head, row, n_rows, n_queries, C: gl.constexpr):
+    """Base-2 lse and delta of a tile of queries; beyond the last, P becomes 0."""
+    i = row + gl.arange(0, C.BM, gl.BlockedLayout([1], [32], [4], [0]))
+    at = STATS + head.to(gl.int64) * n_queries + i
+    lse = gl.load(at, mask=i < n_queries, other=float("inf"))
+    return lse, gl.load(at + n_rows, mask=i < n_queries, other=0.0)
+
+
+@jit
+def look_up(counts, head, i, n_queries, C: gl.constexpr):
+    """Where the count of a head's i-th tile of queries is, if they are counted, and what it is."""
+    if len(counts) > 0:
+        of_head = head.to(gl.int64) * gl.cdiv(n_queries, C.BM)
+        count = counts[0] + (of_head + i)
+        return count, read_count(count)
+    else:
+        return (), 0
+
+
+@jit
+def add(dq, sums, number, batch, head, row):
+    """Has the copy engine add a tile of dQ to the matrix, once it is there."""
+    take(sums, number, 1)
+    tma_add(dq, [batch, head, row, 0], sums[0].index(0))
+    store_wait(0)
+    leave(sums, number, 1)
+
+
+@jit
 def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
-    """Reads what consumers need for every tile of keys of this program."""
+    """Reads what consumers need for every tile of keys of this program, and adds tiles of dQ.
+
+    Both are waiting: for the copy engine and, in a fixed order, for other programs.
+    """
     (Q, K, V, DO, STATS, q_strides, k_strides, v_strides, do_strides, sizes, mask,
-     n_tiles, queries, douts, keys, values, lse, minus_delta) = given  # fmt: skip
+     n_tiles, queries, douts, keys, values, lse, minus_delta, adding) = given  # fmt: skip
     n_batch, n_heads, group, n_queries, n_keys = sizes
     kv_heads = n_heads // group
     CONSUMERS: gl.constexpr = C.CONSUMERS
@@ -84,29 +128,56 @@ def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
     do = matrix(DO, do_strides, n_batch, n_heads, n_queries, C.SIZE, C.BM, C.D)
     k = matrix(K, k_strides, n_batch, kv_heads, n_keys, C.SIZE, C.R, C.D)
     v = matrix(V, v_strides, n_batch, kv_heads, n_keys, C.SIZE, C.R, C.D)
+    DQ, counts, dq_strides, sums = adding
+    # A tile of dQ is added so many steps after its queries were asked for, if any is: one that they
+    # take to come, one of consumers, and one of `collect`.
+    LAG: gl.constexpr = 3 if len(sums) > 0 else 0
+    dq = matrix(DQ, dq_strides, n_batch, n_heads, n_queries, C.SIZE, C.BM, C.D) if LAG > 0 else ()
     n_rows = n_batch.to(gl.int64) * n_heads * n_queries
-    within = gl.arange(0, C.BM, gl.BlockedLayout([1], [32], [4], [0]))
     done = 0
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
-        tile, _, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
+        tile, bh, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
         start = tile * C.BN
         for c in gl.static_range(CONSUMERS):
             put(keys, turn * CONSUMERS + c, k, batch, g, start + c * C.R, CONSUMERS)
             put(values, turn * CONSUMERS + c, v, batch, g, start + c * C.R, CONSUMERS)
-        t0, t1, t2, t3 = QUERIES(mask, batch, g, start, n_queries, n_keys, C.BM, C.BN)
+        t0, _, _, t3 = QUERIES(mask, batch, g, start, n_queries, n_keys, C.BM, C.BN)
         n = gl.maximum(t3 - t0, 1)
-        for y in range(n * group):
-            head, row = step_place(y, tile, g * group, n, t0, t1, t2, t3, C.BM)
-            i = row + within
-            at = STATS + (batch * n_heads + head).to(gl.int64) * n_queries + i
-            # Read before their slots are free, because either takes its time.
-            its_lse = gl.load(at, mask=i < n_queries, other=float("inf"))
-            its_delta = gl.load(at + n_rows, mask=i < n_queries, other=0.0)
-            put(queries, done + y, q, batch, head, row, C.SLOTS)
-            put_numbers(queries, lse, done + y, its_lse, C.SLOTS)
-            put(douts, done + y, do, batch, head, row, C.SLOTS)
-            put_numbers(douts, minus_delta, done + y, -its_delta, C.SLOTS)
-        done += n * group
+        steps = n * group
+        begin = course(tile, n_tiles, n, group, C.PAIRED)
+        head, x = step_place(0, begin, g * group, n, group, C.PAIRED)
+        row = (t0 + x) * C.BM
+        # Read before they are needed, because it takes its time.
+        its_lse, its_delta = read_stats(STATS, batch * n_heads + head, row, n_rows, n_queries, C)
+        count, added = counts[0] if len(counts) > 0 else (), 0
+        for y in range(steps + LAG):
+            ready = gl.maximum(y - LAG, 0)
+            dq_head, x = step_place(ready, begin, g * group, n, group, C.PAIRED)
+            i = t0 + x
+            its_count, found = look_up(counts, batch * n_heads + dq_head, i, n_queries, C)
+            if y < steps:
+                put(queries, done + y, q, batch, head, row, C.SLOTS)
+                put_numbers(queries, lse, done + y, its_lse, C.SLOTS)
+                put(douts, done + y, do, batch, head, row, C.SLOTS)
+                put_numbers(douts, minus_delta, done + y, -its_delta, C.SLOTS)
+                after = gl.minimum(y + 1, steps - 1)
+                head, x = step_place(after, begin, g * group, n, group, C.PAIRED)
+                row = (t0 + x) * C.BM
+                its_lse, its_delta = read_stats(
+                    STATS, batch * n_heads + head, row, n_rows, n_queries, C
+                )
+            if LAG > 0:  # noqa: SIM102 - known when this is compiled
+                if y >= LAG:
+                    if len(counts) > 0:
+                        if y > LAG:
+                            tell_count(count, added)
+                        before = rank(i, turn, tile, bh, n_tiles)
+                        count, added = its_count, before + 1
+                        await_count(count, found, before)
+                    add(dq, sums, done + ready, batch, dq_head, i * C.BM)
+        if len(counts) > 0:
+            tell_count(count, added)
+        done += steps
 
 
 @jit
@@ -134,21 +205,20 @@ def part_of_dq(kts, dss, x, C: gl.constexpr):
 
 @jit
 def collect(given, QUERIES: gl.constexpr, C: gl.constexpr):
-    """Multiplies dQ^T = K^T dS^T for every tile of queries, and adds it to the matrix.
+    """Multiplies dQ^T = K^T dS^T for every tile of queries.
 
     In parts of 64 rows: a whole tile at once would take registers that consumers need.
     """
-    DQ, dq_strides, sizes, mask, n_tiles, keys, dss, sums, keys_read = given
+    sizes, mask, n_tiles, keys, dss, sums, keys_read = given
     n_batch, n_heads, group, n_queries, n_keys = sizes
     kv_heads = n_heads // group
     CONSUMERS: gl.constexpr = C.CONSUMERS
     PARTS: gl.constexpr = C.D // 64
-    dq_matrix = matrix(DQ, dq_strides, n_batch, n_heads, n_queries, C.SIZE, C.BM, C.D)
     done = 0
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
         tile, _, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
-        t0, t1, t2, t3 = QUERIES(mask, batch, g, tile * C.BN, n_queries, n_keys, C.BM, C.BN)
-        n = gl.maximum(t3 - t0, 1)
+        t0, _, _, t3 = QUERIES(mask, batch, g, tile * C.BN, n_queries, n_keys, C.BM, C.BN)
+        steps = gl.maximum(t3 - t0, 1) * group
         for c in gl.static_range(CONSUMERS):
             take(keys, turn * CONSUMERS + c, CONSUMERS)
         kts = ()
@@ -157,22 +227,20 @@ def collect(given, QUERIES: gl.constexpr, C: gl.constexpr):
             for c in gl.static_range(CONSUMERS):
                 of_part = of_part + (keys_of_part(keys, c, part, C),)
             kts = kts + (of_part,)
-        for y in range(n * group):
+        for y in range(steps):
+            x = done + y
             for part in gl.static_range(PARTS):
-                dq = part_of_dq(kts[part], dss, done + y, C)
-                if part == 0:  # the copy engine has read the tile before
-                    store_wait(0)
-                    barrier()
-                columns = sums.reshape([C.BM, C.D]).slice(part * 64, 64, 1)
+                dq = part_of_dq(kts[part], dss, x, C)
+                if part == 0:
+                    await_free(sums, x, 1)
+                columns = tile_of(sums, x, 1).slice(part * 64, 64, 1)
                 columns.permute((1, 0)).store(dq)
             for c in gl.static_range(CONSUMERS):
-                leave(dss, (done + y) * CONSUMERS + c, 2 * CONSUMERS)
+                leave(dss, x * CONSUMERS + c, 2 * CONSUMERS)
             fence_async_shared()
-            head, row = step_place(y, tile, g * group, n, t0, t1, t2, t3, C.BM)
-            tma_add(dq_matrix, [batch, head, row, 0], sums)
-        done += n * group
+            tell_full(sums, x, 1)
+        done += steps
         mbarrier.arrive(keys_read.index(0), count=1)
-    store_wait(0)
 
 
 @jit
@@ -190,11 +258,11 @@ def own_tiles(kept, keys, values, consumer: gl.constexpr, x, C: gl.constexpr):
 
 @jit
 def consume_step(
-    dk, dv, kept, rings, x, at, head, j, place, mask, score, sources, to_log2,
+    dk, dv, kept, rings, x, tile, head, j, place, mask, score, sources, to_log2,
     consumer: gl.constexpr, ROWS: gl.constexpr, SEEN: gl.constexpr, RUNS: gl.constexpr,
     ADDS: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
-    """Adds what the at-th tile of queries of a head gives to dk and dv, and hands on its dS."""
+    """Adds what a tile of queries of a head gives to dk and dv, and hands on its dS."""
     queries, douts, keys, values, dss, lse, minus_delta = rings
     k, v = own_tiles(kept, keys, values, consumer, x, C)
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])
@@ -205,7 +273,7 @@ def consume_step(
     st = warpgroup_mma_wait(0, deps=(s_started,))  # [R, BM]
     less = lse.index(slot).load(gl.SliceLayout(0, S))
     pt, t, row, column = weights(
-        st, less, j, at, head, place, mask, score, sources, to_log2, ROWS, SEEN, RUNS, ADDS, C
+        st, less, j, tile, head, place, mask, score, sources, to_log2, ROWS, SEEN, RUNS, ADDS, C
     )
     do = take(douts, x, C.SLOTS)  # [BM, D]
     less = minus_delta.index(slot).load(gl.SliceLayout(0, S))
@@ -251,7 +319,6 @@ def consume(
         tile, _, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
         start = tile * C.BN
         t0, t1, t2, t3 = QUERIES(mask, batch, g, start, n_queries, n_keys, C.BM, C.BN)
-        edges = gl.maximum(t1 - t0 + t3 - t2, 1)
         j = start + consumer * C.R + gl.arange(0, C.R, gl.SliceLayout(1, S))
         # Keys that nobody sees, or that do not exist, must not reach dQ.
         always = start + C.BN > n_keys
@@ -271,14 +338,14 @@ def consume(
         met = gl.maximum(t3 - t0, 1)
         n = met * group
         rings = (queries, douts, keys, values, dss, lse, minus_delta)
-        where = (sizes, (t0, t1, t2, t3), edges, always, batch)
-        at = tile % met
+        where = (sizes, t1, t2, always, batch)
+        begin = course(tile, n_tiles, met, group, C.PAIRED)
         for y in range(n):
+            head, x = step_place(y, begin, g * group, met, group, C.PAIRED)
             dk, dv = consume_step(
-                dk, dv, kept, rings, done + y, at, g * group + y // met, j, where, mask, of_row,
+                dk, dv, kept, rings, done + y, t0 + x, head, j, where, mask, of_row,
                 sources, to_log2, consumer, ROWS, SEEN, RUNS, ADDS, C,
             )  # fmt: skip
-            at = gl.where(at + 1 < met, at + 1, 0)
         done += n
         row = start + consumer * C.R
         v.store(dv.to(dtype))
@@ -296,7 +363,7 @@ def consume(
 
 @kernel
 def joint_kernel(
-    Q, K, V, DO, STATS, DQ, DK, DV,
+    Q, K, V, DO, STATS, DQ, COUNTS, DK, DV,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     do_batch, do_head, do_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     dq_batch, dq_head, dq_row,
@@ -327,9 +394,7 @@ def joint_kernel(
     dss, sums, keys_read = (), (), ()
     if DQ is not None:
         dss = ring(2 * C.CONSUMERS, C.R, C.BM, 1, 1, dtype)
-        block: gl.constexpr = (1, 1, C.BM, C.D)
-        wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for(block, gl.float32)
-        sums = gl.allocate_shared_memory(gl.float32, block, wide)
+        sums = ring(1, C.BM, C.D, 1, 1, gl.float32)
         keys_read = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
         mbarrier.init(keys_read.index(0), count=1)
     fence_async_shared()
@@ -339,13 +404,15 @@ def joint_kernel(
     do_strides = (do_batch, do_head, do_row)
     dk_strides = (dk_batch, dk_head, dk_row)
     dv_strides = (dv_batch, dv_head, dv_row)
+    counts = () if COUNTS is None else (COUNTS,)
+    dq_strides = (dq_batch, dq_head, dq_row)
+    adding = ((), (), (), ()) if DQ is None else (DQ, counts, dq_strides, sums)
     given = (Q, K, V, DO, STATS, q_strides, k_strides, v_strides, do_strides, sizes,
-             mask, n_tiles, queries, douts, keys, values, lse, minus_delta)  # fmt: skip
+             mask, n_tiles, queries, douts, keys, values, lse, minus_delta, adding)  # fmt: skip
     kept = (DK, DV, dk_strides, dv_strides, sizes, mask, score, pointers, scale, to_log2, n_tiles,
             queries, douts, keys, values, dss, keys_read, lse, minus_delta)  # fmt: skip
     if DQ is not None:
-        dq_strides = (dq_batch, dq_head, dq_row)
-        collected = (DQ, dq_strides, sizes, mask, n_tiles, keys, dss, sums, keys_read)
+        collected = (sizes, mask, n_tiles, keys, dss, sums, keys_read)
         gl.warp_specialize(
             [
                 (produce, (given, QUERIES, C)),

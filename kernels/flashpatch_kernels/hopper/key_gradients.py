@@ -45,11 +45,12 @@ def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
         tile, _, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
         start = tile * C.BN
-        t0, t1, t2, t3 = QUERIES(mask, batch, g, start, n_queries, n_keys, C.BM, C.BN)
+        t0, _, _, t3 = QUERIES(mask, batch, g, start, n_queries, n_keys, C.BM, C.BN)
         n = gl.maximum(t3 - t0, 1)
         put(keys, turn, k, batch, g, start, 1)
         for y in range(n * group):
-            head, row = step_place(y, 0, g * group, n, t0, t1, t2, t3, C.BM)
+            head, x = step_place(y, 0, g * group, n, group, C.PAIRED)
+            row = (t0 + x) * C.BM
             i = row + within
             at = STATS + (batch * n_heads + head).to(gl.int64) * n_queries + i
             # Read before their slots are free, because either takes its time.
@@ -119,7 +120,6 @@ def weigh(
         tile, _, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
         start = tile * C.BN
         t0, t1, t2, t3 = QUERIES(mask, batch, g, start, n_queries, n_keys, C.BM, C.BN)
-        edges = gl.maximum(t1 - t0 + t3 - t2, 1)
         within = start + gl.arange(0, C.R, gl.SliceLayout(1, S))
         # Keys that nobody sees, or that do not exist, must not reach dQ.
         always = start + C.BN > n_keys
@@ -131,7 +131,7 @@ def weigh(
                 always = always | (gl.min(ends, 0) <= 0)
         of_row = scores.of_row(score, batch)
         sources = scores.opened(of_row, g * group, start, pointers, OPENS, C.R, C.BM)
-        where = (sizes, (t0, t1, t2, t3), edges, always, batch)
+        where = (sizes, t1, t2, always, batch)
         dvs = nothing_yet(C.DV, C)
         take(keys, turn, 1)
         met = gl.maximum(t3 - t0, 1)
@@ -146,7 +146,7 @@ def weigh(
                     leave(queries, x, C.SLOTS)
                 head = g * group + y // met
                 pt, t, row, column = weights(
-                    st, less, within + b * C.R, y % met, head, where, mask, of_row, sources,
+                    st, less, within + b * C.R, t0 + y % met, head, where, mask, of_row, sources,
                     to_log2, ROWS, SEEN, RUNS, ADDS, C,
                 )  # fmt: skip
                 factor = pt  # of dS^T

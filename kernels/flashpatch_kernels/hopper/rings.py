@@ -95,14 +95,24 @@ def leave(ring, number, SLOTS: gl.constexpr):
 
 
 @jit
+def await_free(ring, number, SLOTS: gl.constexpr):
+    """Waits until readers have done with what was in the slot of a tile."""
+    mbarrier.wait(ring[2].index(number % SLOTS), (number // SLOTS & 1) ^ 1)
+
+
+@jit
+def tell_full(ring, number, SLOTS: gl.constexpr):
+    """Says that this partition has written its tile."""
+    mbarrier.arrive(ring[1].index(number % SLOTS), count=1)
+
+
+@jit
 def give(ring, number, x, SLOTS: gl.constexpr):
     """Hands a tile [ROWS, D] in registers to the readers of a ring."""
-    tiles, full, free = ring
-    slot = number % SLOTS
-    mbarrier.wait(free.index(slot), (number // SLOTS & 1) ^ 1)
-    tiles.index(slot).reshape(x.shape).store(x)
+    await_free(ring, number, SLOTS)
+    ring[0].index(number % SLOTS).reshape(x.shape).store(x)
     fence_async_shared()
-    mbarrier.arrive(full.index(slot), count=1)
+    tell_full(ring, number, SLOTS)
 
 
 @jit

@@ -16,7 +16,7 @@ from flashpatch_kernels.triton import tile_masks
 def share(units, seat):
     """How many units fall to a seat among all programs, dealt out one at a time."""
     programs = gl.num_programs(0)
-    return units // programs + (seat < units % programs).to(gl.int32)
+    return units // programs + gl.where(seat < units % programs, 1, 0)
 
 
 @jit
@@ -58,9 +58,37 @@ def edges_first(x, t0, t1, t2, t3):
 
 
 @jit
-def step_place(y, first, first_head, n, t0, t1, t2, t3, BM: gl.constexpr):
-    """Head and first query of the y-th step: n tiles of queries of each head, from the first-th."""
-    return first_head + y // n, edges_first((y + first) % n, t0, t1, t2, t3) * BM
+def course(tile, n_tiles, n, group, PAIRED: gl.constexpr):
+    """Where among n tiles of queries the steps of a tile of keys begin, see `step_place`.
+
+    Two tiles of queries further than for the tile of keys before, as far as its keys are; where
+    tiles come in pairs, at those which the later of them have as well. So programs that keep step
+    come to a tile of queries two steps after each other. Those of a group of heads would then come
+    ever later to each next head, when what others read has left the L2: they begin so that they
+    come to the middle head's at about the same time.
+    """
+    if PAIRED:
+        half = n_tiles // 2
+        pace = (group - 1) | 1  # an odd number, so that no two come to a tile in the same step
+        earlier, later = pace * tile % n, (pace + 2) * (n_tiles - 1 - tile) % n
+        if group == 1:
+            earlier, later = gl.minimum(2 * (n_tiles - half - tile), n - 1), 0
+        return gl.where(tile < half, earlier, later)
+    else:
+        return 2 * tile % n
+
+
+@jit
+def step_place(y, begin, first_head, n, group, PAIRED: gl.constexpr):
+    """Head of the y-th step, and which of the n tiles of queries of each it is for.
+
+    They go on to the last, and what is before they take from the first, or in pairs backwards.
+    """
+    x = y % n
+    rest = x - (n - begin)
+    if PAIRED:
+        rest = gl.where(group == 1, n - 1 - x, rest)
+    return first_head + y // n, gl.where(x < n - begin, begin + x, rest)
 
 
 @constexpr_function

@@ -1,29 +1,27 @@
 """The weights of a tile of keys and queries once more, for the gradients of keys."""
 
 from flashpatch_kernels.hopper.gluon import gl, jit
-from flashpatch_kernels.hopper.scheduling import edges_first
 from flashpatch_kernels.triton import scores
 
 
 @jit
 def weights(
-    st, lse, j, at, head, place, mask, score, sources, to_log2,
+    st, lse, j, tile, head, place, mask, score, sources, to_log2,
     ROWS: gl.constexpr, SEEN: gl.constexpr, RUNS: gl.constexpr,
     ADDS: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
-    """P^T from products [R, BM] of the keys j [R] and the at-th of the tiles of queries.
+    """P^T from products [R, BM] of the keys j [R] and a tile of queries.
 
-    `place` is (sizes, tiles of queries, how many of them are edges, whether all must be looked at,
-    batch).
+    `place` is (sizes, the tiles t1 .. t2 of queries that see all these keys, whether those must be
+    looked at as well, batch).
 
     Returns:
         P^T [R, BM], and what `scores.product_gradient` asks for: t, row, column.
     """
-    sizes, tiles_met, edges, always, batch = place
+    sizes, t1, t2, always, batch = place
     n_queries, n_keys = sizes[3], sizes[4]
-    t0, t1, t2, t3 = tiles_met
     queries: gl.constexpr = gl.SliceLayout(0, st.type.layout)
-    i = edges_first(at, t0, t1, t2, t3) * C.BM + gl.arange(0, C.BM, queries)
+    i = tile * C.BM + gl.arange(0, C.BM, queries)
     inside = gl.minimum(i, n_queries - 1)
     row = gl.expand_dims(inside, 0)
     column = gl.expand_dims(j, 1)
@@ -31,7 +29,7 @@ def weights(
     if not C.PLAIN:  # no term of these kernels reads by j, which may be beyond the last key
         st, t = scores.scores(st, row, column, 0, 0, head, None, score, sources, C, ADDS)
     pt = gl.exp2(st * to_log2 - gl.expand_dims(lse, 0))
-    if always | (at < edges):
+    if always | (tile < t1) | (tile >= t2):
         lo, hi = ROWS(mask, batch, inside, n_queries, n_keys)
         seen = SEEN(
             gl.expand_dims(lo, 0), gl.expand_dims(hi, 0), row, column, mask, batch, head,

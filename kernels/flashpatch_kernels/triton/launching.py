@@ -103,6 +103,8 @@ def run(
 def compile_options(tile: Tile) -> dict[str, Any]:
     """What Triton is told beside a kernel and its arguments."""
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    if tile.together:
+        options["launch_cooperative_grid"] = True
     return options if tile.registers is None else {**options, "maxnreg": tile.registers}
 
 
