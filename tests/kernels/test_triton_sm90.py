@@ -60,7 +60,7 @@ LOCAL_BYTES = {
     ("dkdv_kernel", 256, "bfloat16"): 256,
     ("dq_kernel", 256, "bfloat16"): 56,
     ("dq_kernel", 256, "bfloat16", "softcap"): 72,
-    ("dkdv_kernel", 256, "bfloat16", "softcap"): 304,
+    ("dkdv_kernel", 256, "bfloat16", "softcap"): 272,
     ("dkdv_kernel", 128, "float16", "relative values"): 16,
 }
 

@@ -8,6 +8,7 @@ import torch
 from flashpatch_kernels import tuning
 from flashpatch_kernels.masks import Band, Mask
 from flashpatch_kernels.triton import setups, tile_masks
+from flashpatch_kernels.triton.terms import Composed
 from flashpatch_kernels.tuning import Tile
 
 
@@ -79,6 +80,11 @@ def constants(
         *(crew.consumers, crew.registers, crew.in_turn, crew.slots, crew.own_slots),
         *(paired, *rest, 0, 0),
     )
+
+
+def to_log2(call: setups.Setup, added: Composed) -> float:
+    """The factor from scores to base 2: with the cap, where nothing is added to what it gives."""
+    return call.to_log2 if added.adds else call.to_log2 * call.cap[1]
 
 
 def programs(call: setups.Setup, name: tuning.CrewPass, n_items: int) -> int:

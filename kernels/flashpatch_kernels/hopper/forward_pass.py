@@ -17,7 +17,7 @@ Source: Shah et al., FlashAttention-3 (2024), sections 3.1 and 3.2.
 from torch import Tensor
 
 from flashpatch_kernels import triton as portable
-from flashpatch_kernels.hopper import crews, softmax
+from flashpatch_kernels.hopper import crews, softmax, weights
 from flashpatch_kernels.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -91,8 +91,8 @@ def scored(
     n = tile * C.BN
     j = gl.expand_dims(n + gl.arange(0, C.BN, gl.SliceLayout(0, s.type.layout)), 0)
     row = gl.expand_dims(i, 1)
-    if not C.PLAIN:  # no term of these kernels reads by j, which may be beyond the last key
-        s, _ = scores.scores(s, row, j, 0, n, head, None, score, sources, C, ADDS)
+    if not C.PLAIN:
+        s, _ = weights.scored(s, row, j, n, head, score, sources, C, ADDS)
     if MASKED:
         low = gl.expand_dims(lo, 1)
         seen = SEEN(low, gl.expand_dims(hi, 1), row, j, mask, batch, head, n_queries, n_keys, RUNS)
@@ -310,7 +310,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
             *(q, k, v, out, lse),
             *call.strides(q, k, v, out),
             *(*call.sizes, n_tiles),
-            call.to_log2,
+            crews.to_log2(call, added.straight),
             *call.mask.arguments(tile_lists.key_tiles(call.mask, tile, fixed.R, n_queries, n_keys)),
             *(*call.cap, options.sinks, added.straight.pointers, *added.numbers[:8]),
             *(call.mask.rows, call.mask.seen, crews.keys_of(call.mask), call.mask.has_runs),

@@ -22,6 +22,7 @@ from flashpatch_kernels.hopper.gluon import (
 from flashpatch_kernels.hopper.products import anew, chunks, operand, start_inner, value_chunks
 from flashpatch_kernels.hopper.rings import leave, matrix, put, ring, take
 from flashpatch_kernels.hopper.scheduling import edges_first, place, turns
+from flashpatch_kernels.hopper.weights import scored
 from flashpatch_kernels.triton import scores
 
 
@@ -110,8 +111,8 @@ def consume(
             key = edges_first(x, t0, t1, t2, t3) * C.BN
             j = gl.expand_dims(key + gl.arange(0, C.BN, gl.SliceLayout(0, S)), 0)
             t = s
-            if not C.PLAIN:  # no term of these kernels reads by j, which may be beyond the last key
-                s, t = scores.scores(s, row, j, 0, key, head, None, of_row, sources, C, ADDS)
+            if not C.PLAIN:
+                s, t = scored(s, row, j, key, head, of_row, sources, C, ADDS)
             p = gl.exp2(s * to_log2 - gl.expand_dims(lse, 1))
             if not C.PLAIN:
                 p = scores.product_gradient(p, t, row, j, head, of_row, sources, C, ADDS)

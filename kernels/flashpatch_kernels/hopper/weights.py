@@ -1,7 +1,22 @@
-"""The weights of a tile of keys and queries once more, for the gradients of keys."""
+"""From products to scores and weights, and what of a query these are taken by.
+
+A cap to which nothing is added is part of the factor from scores to base 2 (`crews.to_log2`).
+"""
 
 from flashpatch_kernels.hopper.gluon import gl, jit
 from flashpatch_kernels.triton import scores
+
+
+@jit
+def scored(s, row, column, n, head, score, sources, C: gl.constexpr, ADDS: gl.constexpr):
+    """Scores of products of a tile whose first key is n, but for a cap that is part of the factor.
+
+    Returns:
+        The scores, and the hyperbolic tangent that a cap took of the products.
+    """
+    # No term of these kernels reads by the keys' numbers, which may be beyond the last.
+    s, t = scores.scores(s, row, column, 0, n, head, None, score, sources, C, ADDS)
+    return s if len(ADDS) > 0 else t, t
 
 
 @jit
@@ -26,8 +41,8 @@ def weights(
     row = gl.expand_dims(inside, 0)
     column = gl.expand_dims(j, 1)
     t = st
-    if not C.PLAIN:  # no term of these kernels reads by j, which may be beyond the last key
-        st, t = scores.scores(st, row, column, 0, 0, head, None, score, sources, C, ADDS)
+    if not C.PLAIN:
+        st, t = scored(st, row, column, 0, head, score, sources, C, ADDS)
     pt = gl.exp2(st * to_log2 - gl.expand_dims(lse, 0))
     if always | (tile < t1) | (tile >= t2):
         lo, hi = ROWS(mask, batch, inside, n_queries, n_keys)

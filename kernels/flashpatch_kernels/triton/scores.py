@@ -51,14 +51,13 @@ def opened(
 def scores(product, i, j, m, n, head, level, score, sources, C: tl.constexpr, ADDS: tl.constexpr):
     """Scores of products, and the hyperbolic tangent that the cap took of them.
 
-    `level` is what terms add that is known already: a number, a tile or None. Where nothing is
-    added, the cap itself is left to what comes next, see `Setup.to_log2`.
+    `level` is what terms add that is known already: a number, a tile or None.
     """
     s = product * score[0]
     t = s
     if C.CAP:
         t = tanh(s, C)
-        s = t * score[1] if len(ADDS) > 0 or C.X > 0 or C.Y > 0 else t
+        s = t * score[1]
     if C.OWN > 0:
         arguments = sources[len(ADDS) - C.OWN]
         s = ADDS[len(ADDS) - C.OWN](s, i, j, score[2], head, arguments).to(tl.float32)

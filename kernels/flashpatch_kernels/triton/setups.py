@@ -282,14 +282,9 @@ class Setup:
     @cached_property
     def plain(self) -> bool:
         """Whether a score is its product times a positive factor."""
-        return self.options.scale > 0 and self.options.softcap is None and not self.added
-
-    @cached_property
-    def added(self) -> bool:
-        """Whether something is added to what products give, or made of it by a user's function."""
         o = self.options
-        terms = (o.score, o.table, o.slopes, o.bias)
-        return any(x is not None for x in terms) or any(self.vector_sizes[:2])
+        added = (o.softcap, o.score, o.table, o.slopes, o.bias)
+        return o.scale > 0 and all(x is None for x in added) and not any(self.vector_sizes[:2])
 
     @property
     def own(self) -> int:
@@ -317,10 +312,8 @@ class Setup:
 
     @property
     def to_log2(self) -> float:
-        """The factor from scores to base 2, times what is left to it: a plain score's, or a cap."""
-        if self.plain:
-            return LOG2E * self.options.scale
-        return LOG2E * (1.0 if self.added else self.cap[1])
+        """The factor from scores to base 2, in which a plain score's own is folded."""
+        return LOG2E * (self.options.scale if self.plain else 1.0)
 
     @property
     def cap(self) -> tuple[float, float]:
