@@ -132,10 +132,8 @@ def test_kernels_fit_a_multiprocessor_and_keep_its_tensor_cores_busy(needs, call
         assert found["mma"] > 0
         assert not found["serialized"]
         assert not found["overwritten"]
-        special = (
-            [facts["term"]] if "term" in facts else ["deterministic"] * ("deterministic" in facts)
-        )
-        which = name, facts["size"], facts["mask"], *special
+        special = facts.get("term") or ("deterministic" if "deterministic" in facts else None)
+        which = name, facts["size"], facts["mask"], *([special] if special else [])
         assert found["local_bytes"] <= LOCAL_BYTES.get(which, 0), (name, found)
         assert found["hot_spills"] <= HOT_SPILLS.get(which, 0), (name, found)
 

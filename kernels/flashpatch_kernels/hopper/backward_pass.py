@@ -122,7 +122,7 @@ def launch_key_pass(
     launching.launch(
         kernel,
         crews.programs(call, name, n_tiles * n_batch * (n_heads // group)),
-        tile._replace(together=together),
+        tile._replace(together=True) if together else tile,
         *(*shared.inputs, shared.stats, *outputs),
         *(*shared.strides, *call.strides(*outputs[-2:]), *strides),
         *(*call.sizes, n_tiles, float(call.options.scale), crews.to_log2(call, terms_of)),

@@ -35,7 +35,7 @@ from flashpatch_kernels.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from flashpatch_kernels.hopper.ordering import await_count, rank, read_count, tell_count
+from flashpatch_kernels.hopper.ordering import await_count, look_up, rank, tell_count
 from flashpatch_kernels.hopper.products import (
     anew,
     chunks,
@@ -57,7 +57,7 @@ from flashpatch_kernels.hopper.rings import (
     tile_of,
 )
 from flashpatch_kernels.hopper.scheduling import course, place, step_place, turns
-from flashpatch_kernels.hopper.weights import weights
+from flashpatch_kernels.hopper.weights import read_stats, weights
 from flashpatch_kernels.triton import scores
 
 
@@ -82,26 +82,6 @@ def packed(C):
 def registers_left(C):
     """Of a thread that collects dQ: of 512, what those of consumers and a producer's 24 leave."""
     return 512 - 24 - C.CONSUMERS * C.REGISTERS
-
-
-@jit
-def read_stats(STATS, head, row, n_rows, n_queries, C: gl.constexpr):
-    """Base-2 lse and delta of a tile of queries; beyond the last, P becomes 0."""
-    i = row + gl.arange(0, C.BM, gl.BlockedLayout([1], [32], [4], [0]))
-    at = STATS + head.to(gl.int64) * n_queries + i
-    lse = gl.load(at, mask=i < n_queries, other=float("inf"))
-    return lse, gl.load(at + n_rows, mask=i < n_queries, other=0.0)
-
-
-@jit
-def look_up(counts, head, i, n_queries, C: gl.constexpr):
-    """Where the count of a head's i-th tile of queries is, if they are counted, and what it is."""
-    if len(counts) > 0:
-        of_head = head.to(gl.int64) * gl.cdiv(n_queries, C.BM)
-        count = counts[0] + (of_head + i)
-        return count, read_count(count)
-    else:
-        return (), 0
 
 
 @jit

@@ -24,7 +24,7 @@ from flashpatch_kernels.hopper.gluon import (
 from flashpatch_kernels.hopper.products import anew, chunks, operand, start_inner, value_chunks
 from flashpatch_kernels.hopper.rings import give, leave, matrix, put, put_numbers, ring, take
 from flashpatch_kernels.hopper.scheduling import meet, place, step_place, turns
-from flashpatch_kernels.hopper.weights import weights
+from flashpatch_kernels.hopper.weights import read_stats, weights
 from flashpatch_kernels.triton import scores
 
 
@@ -40,7 +40,6 @@ def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
     k = matrix(K, k_strides, n_batch, kv_heads, n_keys, C.SIZE, C.BN, C.D)
     v = matrix(V, v_strides, n_batch, kv_heads, n_keys, C.VALUE_SIZE, C.BN, C.DV)
     n_rows = n_batch.to(gl.int64) * n_heads * n_queries
-    within = gl.arange(0, C.BM, gl.BlockedLayout([1], [32], [4], [0]))
     done = 0
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
         tile, _, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
@@ -51,11 +50,10 @@ def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
         for y in range(n * group):
             head, x = step_place(y, 0, g * group, n, group, C.PAIRED)
             row = (t0 + x) * C.BM
-            i = row + within
-            at = STATS + (batch * n_heads + head).to(gl.int64) * n_queries + i
             # Read before their slots are free, because either takes its time.
-            its_lse = gl.load(at, mask=i < n_queries, other=float("inf"))
-            its_delta = gl.load(at + n_rows, mask=i < n_queries, other=0.0)
+            its_lse, its_delta = read_stats(
+                STATS, batch * n_heads + head, row, n_rows, n_queries, C
+            )
             put(queries, done + y, q, batch, head, row, C.SLOTS)
             put_numbers(queries, lse, done + y, its_lse, C.SLOTS)
             if y == 0:

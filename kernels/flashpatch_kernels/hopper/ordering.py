@@ -44,6 +44,17 @@ def read_count(count):
 
 
 @jit
+def look_up(counts, head, i, n_queries, C: gl.constexpr):
+    """Where the count of a head's i-th tile of queries is, if they are counted, and what it is."""
+    if len(counts) > 0:
+        of_head = head.to(gl.int64) * gl.cdiv(n_queries, C.BM)
+        count = counts[0] + (of_head + i)
+        return count, read_count(count)
+    else:
+        return (), 0
+
+
+@jit
 def await_count(count, found, least):
     """Waits until so many programs have added, of which some were found before."""
     while found < least:
