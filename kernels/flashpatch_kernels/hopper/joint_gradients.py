@@ -252,21 +252,18 @@ def consume_step(
     s_started = start_inner(k, chunks(q, C), C.BM, C)
     st = warpgroup_mma_wait(0, deps=(s_started,))  # [R, BM]
     less = lse.index(slot).load(gl.SliceLayout(0, S))
-    pt, t, row, column = weights(
+    pt, factor = weights(
         st, less, j, tile, head, place, mask, score, sources, to_log2, ROWS, SEEN, RUNS, ADDS, C
     )
     do = take(douts, x, C.SLOTS)  # [BM, D]
     less = minus_delta.index(slot).load(gl.SliceLayout(0, S))
-    wt = pt  # what dP will be multiplied by
-    if not C.PLAIN:
-        wt = scores.product_gradient(pt, t, row, column, head, score, sources, C, ADDS)
     if packed(C):
-        pt, wt = pt.to(dtype), wt.to(dtype)
+        pt, factor = pt.to(dtype), factor.to(dtype)
     # Begun with these numbers, which saves registers as well.
     dp_started = start_inner(v, chunks(do, C), C.BM, C, less)
     dv_started = warpgroup_mma(operand(pt, dtype, C.D), do, dv, is_async=True)
     dpt = warpgroup_mma_wait(1, deps=(dp_started,))  # [R, BM]
-    dst = (times_unpacked(dpt, wt) if packed(C) else dpt * wt).to(dtype)
+    dst = (times_unpacked(dpt, factor) if packed(C) else dpt * factor).to(dtype)
     dk_started = warpgroup_mma(operand(dst, dtype, C.D), q, dk, is_async=True)
     if len(dss) > 0:  # while that goes on, because its way to memory is awaited
         give(dss, x * C.CONSUMERS + consumer, dst, 2 * C.CONSUMERS)

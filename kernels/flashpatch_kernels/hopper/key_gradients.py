@@ -143,15 +143,10 @@ def weigh(
                 if b == BLOCKS - 1:
                     leave(queries, x, C.SLOTS)
                 head = g * group + y // met
-                pt, t, row, column = weights(
+                pt, factor = weights(
                     st, less, within + b * C.R, t0 + y % met, head, where, mask, of_row, sources,
                     to_log2, ROWS, SEEN, RUNS, ADDS, C,
                 )  # fmt: skip
-                factor = pt  # of dS^T
-                if not C.PLAIN:
-                    factor = scores.product_gradient(
-                        pt, t, row, column, head, of_row, sources, C, ADDS
-                    )
                 give(ps, x * BLOCKS + b, factor.to(dtype), 2 * BLOCKS)
                 do = take(douts, x, C.SLOTS)
                 started = warpgroup_mma(

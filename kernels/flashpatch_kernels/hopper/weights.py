@@ -40,7 +40,7 @@ def weights(
     looked at as well, batch).
 
     Returns:
-        P^T [R, BM], and what `scores.product_gradient` asks for: t, row, column.
+        P^T [R, BM], and what dP^T is multiplied by: P^T times the derivative of scores by products.
     """
     sizes, t1, t2, always, batch = place
     n_queries, n_keys = sizes[3], sizes[4]
@@ -60,4 +60,7 @@ def weights(
             n_queries, n_keys, RUNS,
         )  # fmt: skip
         pt = gl.where(seen, pt, 0.0)
-    return pt, t, row, column
+    factor = pt
+    if not C.PLAIN:
+        factor = scores.product_gradient(pt, t, row, column, head, score, sources, C, ADDS)
+    return pt, factor
