@@ -65,6 +65,7 @@ class Resources(NamedTuple):
         serialized: Whether the assembler lets a Gluon kernel wait for each of its products.
         overwritten: Whether a loop writes registers that hold an operand of its products, loaded
             before it: a mistake of the assembler's, which no other test sees everywhere.
+        released: Whether it waits until what it has written is seen by all multiprocessors.
     """
 
     registers: int
@@ -74,6 +75,7 @@ class Resources(NamedTuple):
     mma: int
     serialized: bool
     overwritten: bool
+    released: bool
 
 
 # Functions of scores as users write them.
@@ -284,6 +286,7 @@ def resources(compiled: Any) -> Resources:
         count(instructions, MMA),
         "wgmma.mma_async instructions are serialized" in told,
         any(overwrites(instructions, loop) for loop in busy),
+        any(re.match(r"MEMBAR\S*\.GPU", instruction) for instruction in instructions),
     )
 
 

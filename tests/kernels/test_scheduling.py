@@ -28,18 +28,25 @@ class Call(NamedTuple):
     group: int
     n_queries: int
     n_keys: int
-    causal: bool
+    reach: int | None  # where the mask is causal: query x sees the keys up to x + reach
     programs: int
+    in_order: bool = False
 
     @property
     def n_tiles(self):
         return -(-self.n_keys // BN)
 
+    @property
+    def constants(self):
+        causal = self.reach is not None
+        alone = self.group == 1
+        paced = causal and not (alone or self.in_order)
+        return SimpleNamespace(BM=BM, BN=BN, PAIRED=causal, ALONE=alone, PACED=paced)
+
     def met(self, tile):
-        """First of the tiles of queries that see a tile of keys, and how many there are."""
+        """First of the tiles of queries that see a tile of keys, and how many steps they are."""
         m = -(-self.n_queries // BM)
-        offset = self.n_keys - self.n_queries
-        first = min(max(tile * BN - offset, 0) // BM, m) if self.causal else 0
+        first = 0 if self.reach is None else min(max(tile * BN - self.reach, 0) // BM, m)
         return first, max(m - first, 1)
 
 
@@ -59,13 +66,15 @@ def in_python(programs, seat):
         minimum=min,
         maximum=max,
         where=lambda condition, x, y: x if condition else y,
+        cdiv=lambda x, y: -(-x // y),
+        static_assert=lambda condition: None,
         num_programs=lambda axis: programs,
         program_id=lambda axis: seat,
     )
     names = {"gl": gl}
     for module, name in (
         *((scheduling, name) for name in ("share", "turns", "place", "course", "step_place")),
-        (ordering, "rank"),
+        *((ordering, name) for name in ("rank", "between")),
     ):
         names[name] = FunctionType(getattr(module, name).fn.__code__, names, name)
     return SimpleNamespace(**names)
@@ -74,33 +83,37 @@ def in_python(programs, seat):
 def steps_of(call, seat):
     """All steps of a program, in its order, and its device functions."""
     device = in_python(call.programs, seat)
-    steps = []
-    for turn in range(device.turns(call.n_tiles, call.batch * call.kv_heads, call.causal)):
-        tile, bh, b, g = device.place(turn, call.n_tiles, call.batch, call.kv_heads, call.causal)
+    steps, C = [], call.constants
+    for turn in range(device.turns(call.n_tiles, call.batch * call.kv_heads, C.PAIRED)):
+        tile, bh, b, g = device.place(turn, call.n_tiles, call.batch, call.kv_heads, C.PAIRED)
         assert bh == b * call.kv_heads + g
         first, n = call.met(tile)
-        begin = device.course(tile, call.n_tiles, n, call.group, call.causal)
+        begin = device.course(tile, call.n_tiles, n, call.group, C)
         for y in range(n * call.group):
-            head, x = device.step_place(y, begin, g * call.group, n, call.group, call.causal)
+            head, x = device.step_place(y, begin, g * call.group, n, C)
             assert 0 <= x < n
             steps.append(Step(tile, turn, bh, (b, head), first + x))
     return steps, device
 
 
-def calls(causal):
-    return st.builds(
-        Call,
-        st.integers(1, 3),
-        st.integers(1, 4),
-        st.sampled_from([1, 2, 3, 4]),
-        st.integers(1, 2000),
-        st.integers(1, 2000),
-        causal,
-        st.sampled_from([1, 5, 13, MULTIPROCESSORS]),
+@st.composite
+def calls(draw):
+    n_queries, n_keys = draw(st.integers(1, 2000)), draw(st.integers(1, 2000))
+    reach = st.one_of(st.none(), st.just(0), st.just(n_keys - n_queries), st.integers(-2100, 2100))
+    return Call(
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 4)),
+        draw(st.sampled_from([1, 2, 3, 4])),
+        *(n_queries, n_keys, draw(reach)),
+        draw(st.sampled_from([1, 5, 13, MULTIPROCESSORS])),
     )
 
 
-@given(calls(st.booleans()))
+def have_order(call):
+    return call.n_queries >= call.n_keys
+
+
+@given(calls())
 def test_programs_take_every_step_once(call):
     taken = Counter(
         (step.head, step.tile, step.i)
@@ -115,17 +128,15 @@ def test_programs_take_every_step_once(call):
 def ranks(call):
     """Of every program the tiles that it adds to, each with how many come before."""
     found = []
+    mask = None, call.reach or 0, 0
     for seat in range(call.programs):
         steps, device = steps_of(call, seat)
-        found.append(
-            [
-                (
-                    (*step.head, step.i),
-                    device.rank(step.i, step.turn, step.tile, step.bh, call.n_tiles),
-                )
-                for step in steps
-            ]
-        )
+        found.append([])
+        for tile, turn, bh, head, i in steps:
+            before = device.rank(
+                i, turn, tile, bh, call.n_tiles, call.n_queries, mask, call.constants
+            )
+            found[-1].append(((*head, i), before))
     return found
 
 
@@ -152,21 +163,26 @@ def time_of(programs, lag, jitter=0.0):
     return max(times)
 
 
-@given(calls(st.just(False)).filter(lambda call: call.n_queries >= call.n_keys))
+@given(calls().filter(have_order))
 def test_programs_add_to_a_tile_one_after_another_and_all_come_to_their_end(call):
-    programs = ranks(call)
+    programs = ranks(call._replace(in_order=True))
     seen: dict = {}
     for steps in programs:
         for tile, rank in steps:
             seen.setdefault(tile, []).append(rank)
-    assert all(sorted(found) == list(range(call.n_tiles)) for found in seen.values())
+    firsts = [call.met(tile)[0] for tile in range(call.n_tiles)]
+    for (*_, i), found in seen.items():
+        if i * BM < call.n_queries:
+            assert sorted(found) == list(range(sum(first <= i for first in firsts)))
+        else:  # steps of keys that no query sees wait for nobody
+            assert not any(found)
     time_of(programs, lag=1.0)
 
 
-@pytest.mark.parametrize("group", [1, 4])
-def test_programs_that_keep_step_do_not_wait_for_each_other(group):
+@pytest.mark.parametrize(("group", "reach"), [(1, None), (4, None), (1, 0), (4, 0)])
+def test_programs_that_keep_step_do_not_wait_for_each_other(group, reach):
     """Even if the next hears of an addition almost two steps after it."""
-    programs = ranks(Call(2, 16 // group, group, 4096, 4096, False, MULTIPROCESSORS))
+    programs = ranks(Call(2, 16 // group, group, 4096, 4096, reach, MULTIPROCESSORS, True))
     longest = max(map(len, programs))
     assert time_of(programs, lag=1.9) == longest
     assert time_of(programs, lag=1.5, jitter=0.2) < 1.02 * longest
@@ -175,7 +191,7 @@ def test_programs_that_keep_step_do_not_wait_for_each_other(group):
 @pytest.mark.parametrize("n_keys", [2048, 8192])
 def test_causal_programs_of_one_head_never_meet(n_keys):
     """In no step do two of them add to the same tile of queries."""
-    call = Call(1, 1, 1, n_keys, n_keys, True, n_keys // BN // 2)
+    call = Call(1, 1, 1, n_keys, n_keys, 0, n_keys // BN // 2)
     programs = [steps_of(call, seat)[0] for seat in range(call.programs)]
     assert len({len(steps) for steps in programs}) == 1
     for at in zip(*programs, strict=True):

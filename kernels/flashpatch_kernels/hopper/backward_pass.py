@@ -2,8 +2,8 @@
 
 One kernel gives those of k and v, and adds up that of q in memory. Additions take as long as
 products where heads are wide, and come in no fixed order unless programs wait for each other, which
-they do under some masks only: else another kernel gives the gradient of q, from products that are
-computed twice.
+they do under full and causal masks only: else another kernel gives the gradient of q, from products
+that are computed twice.
 """
 
 from typing import Any
@@ -73,8 +73,8 @@ def backward(
 def has_order(call: setups.Setup) -> bool:
     """Whether programs that add to dQ have an order in which they hardly wait, see `ordering`."""
     mask, (*_, n_queries, n_keys) = call.options.mask, call.sizes
-    full = isinstance(mask, Band) and mask.left is None and mask.right is None
-    return full and n_queries >= n_keys
+    full_or_causal = isinstance(mask, Band) and mask.left is None
+    return full_or_causal and n_queries >= n_keys
 
 
 def launch_joint(shared: Shared, grads: dict[str, Tensor], *, in_order: bool) -> None:
@@ -85,10 +85,10 @@ def launch_joint(shared: Shared, grads: dict[str, Tensor], *, in_order: bool) ->
     if in_order:
         tile, _ = crews.tuned(shared.call, "dqdkdv")
         n_batch, n_heads, _, n_queries, _ = shared.call.sizes
-        shape = n_batch, n_heads, setups.cdiv(n_queries, tile.BM)
+        shape = n_batch, n_heads, setups.cdiv(n_queries, tile.BM) + 1
         counts = torch.zeros(shape, dtype=torch.int32, device=sums.device)
     outputs = sums, counts, grads["k"], grads["v"]
-    launch_key_pass(joint_kernel, "dqdkdv", shared, outputs, strides, together=in_order)
+    launch_key_pass(joint_kernel, "dqdkdv", shared, outputs, strides, in_order=in_order)
     torch.mul(sums, shared.call.options.scale, out=grads["q"])
 
 
@@ -108,21 +108,21 @@ def launch_key_pass(
     outputs: tuple[Any, ...],
     strides: list[int],
     *,
-    together: bool = False,
+    in_order: bool = False,
 ) -> None:
     """A kernel whose programs own keys; `strides` are those of what is summed.
 
-    They run `together` where they wait for each other.
+    They run together where they add in one order, and so wait for each other.
     """
     call = shared.call
     n_batch, n_heads, group, n_queries, n_keys = call.sizes
-    tile, fixed = crews.tuned(call, name)
+    tile, fixed = crews.tuned(call, name, in_order=in_order)
     n_tiles = setups.cdiv(n_keys, tile.BN)
     terms_of = shared.added.transposed
     launching.launch(
         kernel,
         crews.programs(call, name, n_tiles * n_batch * (n_heads // group)),
-        tile._replace(together=True) if together else tile,
+        tile._replace(together=True) if in_order else tile,
         *(*shared.inputs, shared.stats, *outputs),
         *(*shared.strides, *call.strides(*outputs[-2:]), *strides),
         *(*call.sizes, n_tiles, float(call.options.scale), crews.to_log2(call, terms_of)),

@@ -20,8 +20,8 @@ class Constants(NamedTuple):
     consumer, BM those of a program, BN the keys of a tile; in the passes for keys BM are the
     queries of a tile, BN the keys of a program, R those of a part. Of CONSUMERS warpgroups each
     thread has REGISTERS; they issue products IN_TURN or as they come; SLOTS tiles of keys and of
-    values, and Q_SLOTS of queries, are in flight; PAIRED as in `scheduling`. The
-    rest is as in `setups.Constants`.
+    values, and Q_SLOTS of queries, are in flight; PAIRED as in `scheduling`, ALONE where every head
+    has its own keys, PACED as in `scheduling.course`. The rest is as in `setups.Constants`.
     """
 
     SIZE: int
@@ -39,6 +39,8 @@ class Constants(NamedTuple):
     SLOTS: int
     Q_SLOTS: int
     PAIRED: bool
+    ALONE: bool
+    PACED: bool
     PLAIN: bool
     CAP: bool
     APPROXIMATE: bool
@@ -47,11 +49,14 @@ class Constants(NamedTuple):
     Y: int
 
 
-def tuned(call: setups.Setup, name: tuning.CrewPass) -> tuple[Tile, Constants]:
+def tuned(
+    call: setups.Setup, name: tuning.CrewPass, *, in_order: bool = False
+) -> tuple[Tile, Constants]:
     """The tile of a pass, and what it is compiled for."""
-    return constants(
-        name, call.head_sizes, paired(call.options.mask, name), *call.kinds[1:4], call.own
-    )
+    of_keys, pairs = name in ("dkdv", "dqdkdv"), paired(call.options.mask, name)
+    alone = of_keys and call.sizes[2] == 1
+    shares = pairs, alone, of_keys and pairs and not (alone or in_order)
+    return constants(name, call.head_sizes, shares, *call.kinds[1:4], call.own)
 
 
 def paired(mask: Mask, name: tuning.CrewPass) -> bool:
@@ -66,7 +71,7 @@ def paired(mask: Mask, name: tuning.CrewPass) -> bool:
 
 @lru_cache
 def constants(
-    name: tuning.CrewPass, sizes: tuple[int, int], paired: bool, *rest: Any
+    name: tuning.CrewPass, sizes: tuple[int, int], shares: tuple[bool, bool, bool], *rest: Any
 ) -> tuple[Tile, Constants]:
     """As `tuned`: one object for all calls alike, by which launches know it."""
     crew = tuning.crew(name, *sizes)
@@ -78,7 +83,7 @@ def constants(
     return tile, Constants(
         *(*sizes, d, dv, *chunks, rows, tile.BM, tile.BN),
         *(crew.consumers, crew.registers, crew.in_turn, crew.slots, crew.own_slots),
-        *(paired, *rest, 0, 0),
+        *(*shares, *rest, 0, 0),
     )
 
 

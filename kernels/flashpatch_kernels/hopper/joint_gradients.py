@@ -5,10 +5,13 @@ a consumer computes, in the letters of `triton.backward_pass`,
     S^T = K Q^T     dP^T = V dO^T     P^T, dS^T in registers
     dV += P^T dO    dK += dS^T Q
 and hands dS on through shared memory, because dQ sums over the keys of all consumers: one more
-warpgroup multiplies dQ^T = K^T dS^T, and the producer has the copy engine add it to a matrix in
-float32. That is in no fixed order, so that the last bits of dQ may differ from run to run, or in
-one that programs wait for (`ordering`); dK and dV are the same every time. Without that matrix dQ
-is left to `query_gradients`.
+warpgroup multiplies dQ^T = K^T dS^T, and a warp has the copy engine add it to a matrix in float32.
+That is in no fixed order, so that the last bits of dQ may differ from run to run, or in one that
+programs wait for (`ordering`); dK and dV are the same every time. Without that matrix dQ is left to
+`query_gradients`.
+
+Who waits, for the copy engine or for other programs, is a warp of its own, so that nobody waits for
+two things: one reads, one adds, one counts what is added.
 
 What bounds it is shared memory, which products read. Heads of 64 leave room in registers for what
 is the same for all tiles of queries: keys and values (see `roomy`).
@@ -35,7 +38,13 @@ from flashpatch_kernels.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from flashpatch_kernels.hopper.ordering import await_count, look_up, rank, tell_count
+from flashpatch_kernels.hopper.ordering import (
+    await_additions,
+    await_count,
+    count_of,
+    count_one,
+    rank,
+)
 from flashpatch_kernels.hopper.products import (
     anew,
     chunks,
@@ -45,6 +54,7 @@ from flashpatch_kernels.hopper.products import (
     times_unpacked,
 )
 from flashpatch_kernels.hopper.rings import (
+    again,
     await_free,
     give,
     leave,
@@ -59,6 +69,9 @@ from flashpatch_kernels.hopper.rings import (
 from flashpatch_kernels.hopper.scheduling import course, place, step_place, turns
 from flashpatch_kernels.hopper.weights import read_stats, weights
 from flashpatch_kernels.triton import scores
+
+# Registers of a thread that only waits and tells, the fewest that there are.
+FEW = gl.constexpr(24)
 
 
 @constexpr_function
@@ -80,27 +93,15 @@ def packed(C):
 
 @constexpr_function
 def registers_left(C):
-    """Of a thread that collects dQ: of 512, what those of consumers and a producer's 24 leave."""
-    return 512 - 24 - C.CONSUMERS * C.REGISTERS
-
-
-@jit
-def add(dq, sums, number, batch, head, row):
-    """Has the copy engine add a tile of dQ to the matrix, once it is there."""
-    take(sums, number, 1)
-    tma_add(dq, [batch, head, row, 0], sums[0].index(0))
-    store_wait(0)
-    leave(sums, number, 1)
+    """Of a thread that collects dQ: of 512, what those of consumers and of single warps leave."""
+    return 512 - FEW - C.CONSUMERS * C.REGISTERS
 
 
 @jit
 def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
-    """Reads what consumers need for every tile of keys of this program, and adds tiles of dQ.
-
-    Both are waiting: for the copy engine and, in a fixed order, for other programs.
-    """
+    """Reads what consumers need for every tile of keys of this program."""
     (Q, K, V, DO, STATS, q_strides, k_strides, v_strides, do_strides, sizes, mask,
-     n_tiles, queries, douts, keys, values, lse, minus_delta, adding) = given  # fmt: skip
+     n_tiles, queries, douts, keys, values, lse, minus_delta) = given  # fmt: skip
     n_batch, n_heads, group, n_queries, n_keys = sizes
     kv_heads = n_heads // group
     CONSUMERS: gl.constexpr = C.CONSUMERS
@@ -108,15 +109,10 @@ def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
     do = matrix(DO, do_strides, n_batch, n_heads, n_queries, C.SIZE, C.BM, C.D)
     k = matrix(K, k_strides, n_batch, kv_heads, n_keys, C.SIZE, C.R, C.D)
     v = matrix(V, v_strides, n_batch, kv_heads, n_keys, C.SIZE, C.R, C.D)
-    DQ, counts, dq_strides, sums = adding
-    # A tile of dQ is added so many steps after its queries were asked for, if any is: one that they
-    # take to come, one of consumers, and one of `collect`.
-    LAG: gl.constexpr = 3 if len(sums) > 0 else 0
-    dq = matrix(DQ, dq_strides, n_batch, n_heads, n_queries, C.SIZE, C.BM, C.D) if LAG > 0 else ()
     n_rows = n_batch.to(gl.int64) * n_heads * n_queries
     done = 0
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
-        tile, bh, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
+        tile, _, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
         start = tile * C.BN
         for c in gl.static_range(CONSUMERS):
             put(keys, turn * CONSUMERS + c, k, batch, g, start + c * C.R, CONSUMERS)
@@ -124,39 +120,22 @@ def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
         t0, _, _, t3 = QUERIES(mask, batch, g, start, n_queries, n_keys, C.BM, C.BN)
         n = gl.maximum(t3 - t0, 1)
         steps = n * group
-        begin = course(tile, n_tiles, n, group, C.PAIRED)
-        head, x = step_place(0, begin, g * group, n, group, C.PAIRED)
+        begin = course(tile, n_tiles, n, group, C)
+        head, x = step_place(0, begin, g * group, n, C)
         row = (t0 + x) * C.BM
         # Read before they are needed, because it takes its time.
         its_lse, its_delta = read_stats(STATS, batch * n_heads + head, row, n_rows, n_queries, C)
-        count, added = counts[0] if len(counts) > 0 else (), 0
-        for y in range(steps + LAG):
-            ready = gl.maximum(y - LAG, 0)
-            dq_head, x = step_place(ready, begin, g * group, n, group, C.PAIRED)
-            i = t0 + x
-            its_count, found = look_up(counts, batch * n_heads + dq_head, i, n_queries, C)
-            if y < steps:
-                put(queries, done + y, q, batch, head, row, C.SLOTS)
-                put_numbers(queries, lse, done + y, its_lse, C.SLOTS)
-                put(douts, done + y, do, batch, head, row, C.SLOTS)
-                put_numbers(douts, minus_delta, done + y, -its_delta, C.SLOTS)
-                after = gl.minimum(y + 1, steps - 1)
-                head, x = step_place(after, begin, g * group, n, group, C.PAIRED)
-                row = (t0 + x) * C.BM
-                its_lse, its_delta = read_stats(
-                    STATS, batch * n_heads + head, row, n_rows, n_queries, C
-                )
-            if LAG > 0:  # noqa: SIM102 - known when this is compiled
-                if y >= LAG:
-                    if len(counts) > 0:
-                        if y > LAG:
-                            tell_count(count, added)
-                        before = rank(i, turn, tile, bh, n_tiles)
-                        count, added = its_count, before + 1
-                        await_count(count, found, before)
-                    add(dq, sums, done + ready, batch, dq_head, i * C.BM)
-        if len(counts) > 0:
-            tell_count(count, added)
+        for y in range(steps):
+            put(queries, done + y, q, batch, head, row, C.SLOTS)
+            put_numbers(queries, lse, done + y, its_lse, C.SLOTS)
+            put(douts, done + y, do, batch, head, row, C.SLOTS)
+            put_numbers(douts, minus_delta, done + y, -its_delta, C.SLOTS)
+            after = gl.minimum(y + 1, steps - 1)
+            head, x = step_place(after, begin, g * group, n, C)
+            row = (t0 + x) * C.BM
+            its_lse, its_delta = read_stats(
+                STATS, batch * n_heads + head, row, n_rows, n_queries, C
+            )
         done += steps
 
 
@@ -221,6 +200,57 @@ def collect(given, QUERIES: gl.constexpr, C: gl.constexpr):
             tell_full(sums, x, 1)
         done += steps
         mbarrier.arrive(keys_read.index(0), count=1)
+
+
+@jit
+def add(given, QUERIES: gl.constexpr, C: gl.constexpr):
+    """Has the copy engine add every tile of dQ to the matrix, in one order where it is counted."""
+    DQ, dq_strides, sizes, mask, n_tiles, sums, added, counts = given
+    n_batch, n_heads, group, n_queries, n_keys = sizes
+    kv_heads = n_heads // group
+    dq = matrix(DQ, dq_strides, n_batch, n_heads, n_queries, C.SIZE, C.BM, C.D)
+    done = 0
+    for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
+        tile, bh, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
+        t0, _, _, t3 = QUERIES(mask, batch, g, tile * C.BN, n_queries, n_keys, C.BM, C.BN)
+        n = gl.maximum(t3 - t0, 1)
+        begin = course(tile, n_tiles, n, group, C)
+        for y in range(n * group):
+            head, x = step_place(y, begin, g * group, n, C)
+            i, number = t0 + x, done + y
+            if len(counts) > 0:
+                before = rank(i, turn, tile, bh, n_tiles, n_queries, mask, C)
+                await_count(count_of(counts[0], batch * n_heads + head, i, n_queries, C), before)
+            take(sums, number, 1)
+            tma_add(dq, [batch, head, i * C.BM, 0], sums[0].index(0))
+            if len(counts) > 0:
+                await_additions()
+                tell_full(added, number, 1)
+            else:
+                store_wait(0)
+                leave(sums, number, 1)
+        done += n * group
+
+
+@jit
+def tell(given, QUERIES: gl.constexpr, C: gl.constexpr):
+    """Counts every tile of dQ that was added, once all programs see it."""
+    sizes, mask, n_tiles, added, counts = given
+    n_batch, n_heads, group, n_queries, n_keys = sizes
+    kv_heads = n_heads // group
+    done = 0
+    for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
+        tile, _, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
+        t0, _, _, t3 = QUERIES(mask, batch, g, tile * C.BN, n_queries, n_keys, C.BM, C.BN)
+        n = gl.maximum(t3 - t0, 1)
+        begin = course(tile, n_tiles, n, group, C)
+        for y in range(n * group):
+            head, x = step_place(y, begin, g * group, n, C)
+            count = count_of(counts[0], batch * n_heads + head, t0 + x, n_queries, C)
+            take(added, done + y, 1)
+            leave(added, done + y, 1)
+            count_one(count)
+        done += n * group
 
 
 @jit
@@ -316,9 +346,9 @@ def consume(
         n = met * group
         rings = (queries, douts, keys, values, dss, lse, minus_delta)
         where = (sizes, t1, t2, always, batch)
-        begin = course(tile, n_tiles, met, group, C.PAIRED)
+        begin = course(tile, n_tiles, met, group, C)
         for y in range(n):
-            head, x = step_place(y, begin, g * group, met, group, C.PAIRED)
+            head, x = step_place(y, begin, g * group, met, C)
             dk, dv = consume_step(
                 dk, dv, kept, rings, done + y, t0 + x, head, j, where, mask, of_row,
                 sources, to_log2, consumer, ROWS, SEEN, RUNS, ADDS, C,
@@ -374,6 +404,10 @@ def joint_kernel(
         sums = ring(1, C.BM, C.D, 1, 1, gl.float32)
         keys_read = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
         mbarrier.init(keys_read.index(0), count=1)
+    # The same tiles of dQ, once more full when they have been added.
+    counts, added = (), ()
+    if COUNTS is not None:
+        counts, added = (COUNTS,), again(sums, 1)
     fence_async_shared()
     q_strides = (q_batch, q_head, q_row)
     k_strides = (k_batch, k_head, k_row)
@@ -381,32 +415,46 @@ def joint_kernel(
     do_strides = (do_batch, do_head, do_row)
     dk_strides = (dk_batch, dk_head, dk_row)
     dv_strides = (dv_batch, dv_head, dv_row)
-    counts = () if COUNTS is None else (COUNTS,)
     dq_strides = (dq_batch, dq_head, dq_row)
-    adding = ((), (), (), ()) if DQ is None else (DQ, counts, dq_strides, sums)
     given = (Q, K, V, DO, STATS, q_strides, k_strides, v_strides, do_strides, sizes,
-             mask, n_tiles, queries, douts, keys, values, lse, minus_delta, adding)  # fmt: skip
+             mask, n_tiles, queries, douts, keys, values, lse, minus_delta)  # fmt: skip
     kept = (DK, DV, dk_strides, dv_strides, sizes, mask, score, pointers, scale, to_log2, n_tiles,
             queries, douts, keys, values, dss, keys_read, lse, minus_delta)  # fmt: skip
-    if DQ is not None:
-        collected = (sizes, mask, n_tiles, keys, dss, sums, keys_read)
+    collected = (sizes, mask, n_tiles, keys, dss, sums, keys_read)
+    summed = (DQ, dq_strides, sizes, mask, n_tiles, sums, added, counts)
+    told = (sizes, mask, n_tiles, added, counts)
+    if COUNTS is not None:
         gl.warp_specialize(
             [
-                (produce, (given, QUERIES, C)),
                 (consume, (kept, 0, ROWS, SEEN, QUERIES, RUNS, OPENS, ADDS, C)),
                 (consume, (kept, 1, ROWS, SEEN, QUERIES, RUNS, OPENS, ADDS, C)),
                 (collect, (collected, QUERIES, C)),
+                (produce, (given, QUERIES, C)),
+                (add, (summed, QUERIES, C)),
+                (tell, (told, QUERIES, C)),
             ],
-            [4, 4, 4],
-            [C.REGISTERS, C.REGISTERS, registers_left(C)],
+            [4, 4, 1, 1, 1],
+            [C.REGISTERS, registers_left(C), FEW, FEW, FEW],
+        )
+    elif DQ is not None:
+        gl.warp_specialize(
+            [
+                (consume, (kept, 0, ROWS, SEEN, QUERIES, RUNS, OPENS, ADDS, C)),
+                (consume, (kept, 1, ROWS, SEEN, QUERIES, RUNS, OPENS, ADDS, C)),
+                (collect, (collected, QUERIES, C)),
+                (produce, (given, QUERIES, C)),
+                (add, (summed, QUERIES, C)),
+            ],
+            [4, 4, 1, 1],
+            [C.REGISTERS, registers_left(C), FEW, FEW],
         )
     else:
         gl.warp_specialize(
             [
-                (produce, (given, QUERIES, C)),
                 (consume, (kept, 0, ROWS, SEEN, QUERIES, RUNS, OPENS, ADDS, C)),
                 (consume, (kept, 1, ROWS, SEEN, QUERIES, RUNS, OPENS, ADDS, C)),
+                (produce, (given, QUERIES, C)),
             ],
-            [4, 4],
-            [C.REGISTERS, C.REGISTERS],
+            [4, 1],
+            [C.REGISTERS, FEW],
         )

@@ -48,7 +48,7 @@ def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
         n = gl.maximum(t3 - t0, 1)
         put(keys, turn, k, batch, g, start, 1)
         for y in range(n * group):
-            head, x = step_place(y, 0, g * group, n, group, C.PAIRED)
+            head, x = step_place(y, 0, g * group, n, C)
             row = (t0 + x) * C.BM
             # Read before their slots are free, because either takes its time.
             its_lse, its_delta = read_stats(

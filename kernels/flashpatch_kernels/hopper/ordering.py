@@ -2,12 +2,20 @@
 
 A count of each tile of queries tells how many programs have added to it; one that is not the next
 waits. Programs of one head run at the same time and keep step, so that an order costs little where
-it is the one in which they come by themselves: where every query sees every key, the t-th tile of
-keys begins with the 2t-th tile of queries (`scheduling.course`), and so they come to each of these
-two steps after each other. What comes in an earlier turn comes before.
+it is the one in which they come by themselves, on the courses of `scheduling.course`: to a tile of
+queries at least two steps after each other.
+* Where every query sees every key, the t-th tile of keys begins with the 2t-th tile of queries, and
+  goes round about.
+* Where queries see what is before them, the later tile of a pair goes on from the first query that
+  sees its keys; then the earlier one goes on from there, and back from there to its own first.
+What comes in an earlier turn comes before.
 
 No program waits for a step that comes later than its own in this order, and each takes its steps
 in it; so there is always one that goes on, provided that all run, as a cooperative launch warrants.
+
+That the copy engine has done an addition means that it is on its way. Until all programs would find
+it in memory half a microsecond passes, in which whoever waits for it can do nothing else: counting
+has a warp of its own. Counted before that, a gradient in 14 to 1500 differed in some bit.
 
 Letters: n tiles of keys of BN, m of queries of BM = BN / 2; those of a head.
 
@@ -15,66 +23,82 @@ Source: the `dq_semaphore` of flash-attention (hopper/mainloop_bwd_sm90_tma_gmma
 programs add in the order of their keys.
 """
 
-from flashpatch_kernels.hopper.gluon import barrier, gl, jit
+from flashpatch_kernels.hopper.gluon import gl, jit
 
 
 @jit
-def rank(i, turn, tile, bh, n):
+def count_of(COUNTS, head, i, n_queries, C: gl.constexpr):
+    """Where the count of a head's i-th tile of queries is; those beyond the last have one more."""
+    m = gl.cdiv(n_queries, C.BM)
+    return COUNTS + (head.to(gl.int64) * (m + 1) + gl.minimum(i, m))
+
+
+@jit
+def rank(i, turn, tile, bh, n, n_queries, mask, C: gl.constexpr):
     """How many of n tiles of keys are added to the i-th tile of queries before this one.
 
     `bh` is the head of these keys, and `turn` that of this program which they are for.
     """
+    gl.static_assert(C.BN == 2 * C.BM)
     programs = gl.num_programs(0)
-    # The tiles of this head that have the same turn: first .. end, in each program another.
-    before = turn * programs - bh * n
-    first = gl.minimum(gl.maximum(before, 0), n)
-    end = gl.minimum(gl.maximum(before + programs, 0), n)
-    # Those up to `begun` have gone on to the i-th from a place before it, the last of them first.
-    begun = gl.minimum(gl.maximum(i // 2 + 1, first), end)
-    return begun - (tile + 1) + gl.where(2 * tile > i, end, first)
-
-
-@jit
-def read_count(count):
-    """How many programs have added."""
-    text: gl.constexpr = "ld.relaxed.gpu.global.s32 $0, [$1];"
-    return gl.inline_asm_elementwise(
-        text, "=r,l", [count.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@jit
-def look_up(counts, head, i, n_queries, C: gl.constexpr):
-    """Where the count of a head's i-th tile of queries is, if they are counted, and what it is."""
-    if len(counts) > 0:
-        of_head = head.to(gl.int64) * gl.cdiv(n_queries, C.BM)
-        count = counts[0] + (of_head + i)
-        return count, read_count(count)
+    reach = mask[1] + mask[2]  # query x sees the keys up to x + reach
+    if C.PAIRED:
+        half = n // 2
+        p = gl.minimum(tile, n - 1 - tile)
+        # The pairs of this head that have the same turn as this one; one in the middle comes last.
+        before = turn // 2 * programs - bh * half
+        first = gl.where(p == half, half, between(before, half))
+        end = between(before + programs, half)
+        # Of later tiles those from the `lacking`-th pair on are added, of earlier ones up to `met`.
+        met = between(gl.cdiv((i + 1) * C.BM + reach, C.BN), n)
+        lacking = n - met
+        later = gl.where(tile > p, p, end) - gl.maximum(first, lacking)
+        earlier = gl.where(tile > p, 0, p - first)
+        of_turn = gl.maximum(later, 0) + earlier
+        found = gl.maximum(first - lacking, 0) + gl.minimum(first, met) + of_turn
     else:
-        return (), 0
+        before = turn * programs - bh * n
+        first, end = between(before, n), between(before + programs, n)
+        begun = gl.minimum(gl.maximum(i // 2 + 1, first), end)
+        found = begun - (tile + 1) + gl.where(2 * tile > i, end, first)
+    # Keys that no query sees have a step all the same, for a tile beyond the last.
+    return gl.where(i * C.BM < n_queries, found, 0)
 
 
 @jit
-def await_count(count, found, least):
-    """Waits until so many programs have added, of which some were found before."""
-    while found < least:
-        found = read_count(count)
+def between(x, most):
+    """X, at least 0 and at most so much."""
+    return gl.minimum(gl.maximum(x, 0), most)
 
 
 @jit
-def tell_count(count, added):
-    """Tells how many programs have added, once the copy engine has done so for this one.
-
-    What it has added is in memory then, where others add. To release it as well would be to wait
-    for all that this thread has ever written, half a microsecond a step.
-    """
-    wait: gl.constexpr = "cp.async.bulk.wait_group 0; mov.u32 $0, $1;"
-    gl.inline_asm_elementwise(wait, "=r,r", [added], dtype=gl.int32, is_pure=False, pack=1)
-    barrier()
-    tell: gl.constexpr = (
-        "{ .reg .pred first; .reg .u32 x; mov.u32 x, %tid.x; and.b32 x, x, 127; "
-        "setp.eq.u32 first, x, 0; @first st.relaxed.gpu.global.s32 [$1], $2; mov.u32 $0, $2; }"
+def await_count(count, least):
+    """Has this warp wait until so many programs have added."""
+    # All lanes go on together, even if one of them should have read it before another.
+    poll: gl.constexpr = (
+        "{ .reg .pred less; again: ld.relaxed.gpu.global.s32 $0, [$1]; "
+        "setp.lt.s32 less, $0, $2; vote.sync.any.pred less, less, -1; @less bra again; }"
     )
     gl.inline_asm_elementwise(
-        tell, "=r,l,r", [count.to(gl.int64), added], dtype=gl.int32, is_pure=False, pack=1
+        poll, "=&r,l,r", [count.to(gl.int64), least], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@jit
+def await_additions():
+    """Waits until the copy engine has done what this warp told it to."""
+    wait: gl.constexpr = "cp.async.bulk.wait_group 0; mov.u32 $0, $1;"
+    gl.inline_asm_elementwise(wait, "=r,r", [0], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@jit
+def count_one(count):
+    """Counts an addition that this warp knows of, once all programs see it."""
+    # `elect`, and not a thread's number: reading that costs the consumers registers.
+    one: gl.constexpr = (
+        "{ .reg .pred first; elect.sync _|first, -1; "
+        "@first red.release.gpu.global.add.s32 [$1], 1; mov.u32 $0, 0; }"
+    )
+    gl.inline_asm_elementwise(
+        one, "=r,l", [count.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
     )

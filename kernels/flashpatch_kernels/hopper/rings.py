@@ -43,6 +43,16 @@ def beside(ring, ROWS: gl.constexpr, D: gl.constexpr):
 
 
 @jit
+def again(ring, SLOTS: gl.constexpr):
+    """A ring of the same tiles for who reads them after others, and says that they are free."""
+    tiles, _full, free = ring
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=1)
+    return tiles, full, free
+
+
+@jit
 def put(ring, number, matrix, batch, head, row, SLOTS: gl.constexpr):
     """Reads a tile of a matrix into its slot, once that is free."""
     tiles, full, free = ring

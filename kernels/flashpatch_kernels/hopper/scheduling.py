@@ -58,37 +58,36 @@ def edges_first(x, t0, t1, t2, t3):
 
 
 @jit
-def course(tile, n_tiles, n, group, PAIRED: gl.constexpr):
+def course(tile, n_tiles, n, group, C: gl.constexpr):
     """Where among n tiles of queries the steps of a tile of keys begin, see `step_place`.
 
     Two tiles of queries further than for the tile of keys before, as far as its keys are; where
     tiles come in pairs, at those which the later of them have as well. So programs that keep step
-    come to a tile of queries two steps after each other. Those of a group of heads would then come
-    ever later to each next head, when what others read has left the L2: they begin so that they
+    come to a tile of queries two steps after each other. Those of a group of heads then come ever
+    later to each next head, when what others read has left the L2: PACED, they begin so that they
     come to the middle head's at about the same time.
     """
-    if PAIRED:
-        half = n_tiles // 2
+    half = n_tiles // 2
+    if not C.PAIRED:
+        return 2 * tile % n
+    elif C.PACED:
         pace = (group - 1) | 1  # an odd number, so that no two come to a tile in the same step
         earlier, later = pace * tile % n, (pace + 2) * (n_tiles - 1 - tile) % n
-        if group == 1:
-            earlier, later = gl.minimum(2 * (n_tiles - half - tile), n - 1), 0
         return gl.where(tile < half, earlier, later)
     else:
-        return 2 * tile % n
+        return gl.where(tile < half, gl.minimum(2 * (n_tiles - half - tile), n - 1), 0)
 
 
 @jit
-def step_place(y, begin, first_head, n, group, PAIRED: gl.constexpr):
+def step_place(y, begin, first_head, n, C: gl.constexpr):
     """Head of the y-th step, and which of the n tiles of queries of each it is for.
 
     They go on to the last, and what is before they take from the first, or in pairs backwards.
     """
-    x = y % n
-    rest = x - (n - begin)
-    if PAIRED:
-        rest = gl.where(group == 1, n - 1 - x, rest)
-    return first_head + y // n, gl.where(x < n - begin, begin + x, rest)
+    x = y if C.ALONE else y % n
+    head = first_head if C.ALONE else first_head + y // n
+    rest = n - 1 - x if C.PAIRED and not C.PACED else x - (n - begin)
+    return head, gl.where(x < n - begin, begin + x, rest)
 
 
 @constexpr_function

@@ -10,7 +10,7 @@ from flashpatch_kernels.triton import scores
 @jit
 def read_stats(STATS, head, row, n_rows, n_queries, C: gl.constexpr):
     """Base-2 lse and delta of a tile of queries; beyond the last, P becomes 0."""
-    i = row + gl.arange(0, C.BM, gl.BlockedLayout([1], [32], [4], [0]))
+    i = row + gl.arange(0, C.BM, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     at = STATS + head.to(gl.int64) * n_queries + i
     lse = gl.load(at, mask=i < n_queries, other=float("inf"))
     return lse, gl.load(at + n_rows, mask=i < n_queries, other=0.0)
