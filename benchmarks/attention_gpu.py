@@ -1,8 +1,9 @@
 """Attention on a GPU: every implementation on the same inputs in one run, forward and backward.
 
-Times are medians on a rested card; the backward is `torch.autograd.grad` through the public
-function. TFLOP/s use the count of the FlashAttention papers: 4 B H N M D forward, half of it if
-causal, 2.5 times that backward.
+Times are medians of several rounds, in which implementations take turns on a rested card: one of
+them, and not another, may meet a moment in which the card is slower. The backward is
+`torch.autograd.grad` through the public function. TFLOP/s use the count of the FlashAttention
+papers: 4 B H N M D forward, half of it if causal, 2.5 times that backward.
 Run on a GPU: `PYTHONPATH=.:kernels python benchmarks/attention_gpu.py --out results.json`.
 """
 
@@ -11,6 +12,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -74,8 +76,8 @@ IMPLEMENTATIONS: dict[str, Callable[[], Attend]] = {
 
 
 def measure(
-    attend: Attend, *, d: int, n: int, group: int, causal: bool, rep: int
-) -> dict[str, Any]:
+    attends: dict[str, Attend], *, d: int, n: int, group: int, causal: bool, rep: int, rounds: int
+) -> dict[str, dict[str, float]]:
     """Times and rates of one shape: hidden size 2048, 16k tokens, bf16."""
     heads, batch = 2048 // d, max(1, 16384 // n)
     torch.manual_seed(0)
@@ -87,18 +89,24 @@ def measure(
     q, k, v = (t.requires_grad_() for t in (q, k, v))
     operations = 4 * batch * heads * n * n * d / (2 if causal else 1)
 
-    with torch.no_grad():
-        forward_ms = median_ms(lambda: attend(q, k, v, causal), rep)
-    out = attend(q, k, v, causal)
-    backward_ms = median_ms(
-        lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), rep
-    )
-    return {
-        "forward_ms": round(forward_ms, 4),
-        "backward_ms": round(backward_ms, 4),
-        "forward_tflops": round(operations / forward_ms / 1e9, 1),
-        "backward_tflops": round(2.5 * operations / backward_ms / 1e9, 1),
-    }
+    def once(attend: Attend) -> tuple[float, float]:
+        with torch.no_grad():
+            forward_ms = median_ms(lambda: attend(q, k, v, causal), rep)
+        out = attend(q, k, v, causal)
+        grads = lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)  # noqa: E731
+        return forward_ms, median_ms(grads, rep)
+
+    taken = [{name: once(attend) for name, attend in attends.items()} for _ in range(rounds)]
+    found = {}
+    for name in attends:
+        forward_ms, backward_ms = map(median, zip(*(times[name] for times in taken), strict=True))
+        found[name] = {
+            "forward_ms": round(forward_ms, 4),
+            "backward_ms": round(backward_ms, 4),
+            "forward_tflops": round(operations / forward_ms / 1e9, 1),
+            "backward_tflops": round(2.5 * operations / backward_ms / 1e9, 1),
+        }
+    return found
 
 
 def commit() -> str:
@@ -115,6 +123,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 8192, 16384])
     parser.add_argument("--groups", type=int, nargs="*", default=[1])
     parser.add_argument("--rep", type=int, default=60, help="milliseconds a measurement")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each")
     parser.add_argument("--commit", default=commit())
     parser.add_argument("--out", type=Path)
     parser.add_argument(
@@ -130,14 +139,16 @@ def main() -> None:
         for n in arguments.lengths:
             for group in arguments.groups:
                 for causal in (False, True):
-                    for name, attend in implementations.items():
-                        shape = {"d": d, "n": n, "group": group, "causal": causal}
-                        times = measure(attend, **shape, rep=arguments.rep)
+                    shape = {"d": d, "n": n, "group": group, "causal": causal}
+                    found = measure(
+                        implementations, **shape, rep=arguments.rep, rounds=arguments.rounds
+                    )
+                    for name, times in found.items():
                         rows.append({"implementation": name, **shape, **times})
                         print(json.dumps(rows[-1]), flush=True)
     if arguments.out:
         record = {
-            "what": "attention, bf16, hidden size 2048, 16384 tokens; medians",
+            "what": "attention, bf16, hidden size 2048, 16384 tokens; medians of rounds in turns",
             "card": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "triton": triton.__version__,

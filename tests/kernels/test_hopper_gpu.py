@@ -595,3 +595,25 @@ def test_a_cuda_graph_replays_it(case, mask, d):
     graph.replay()
     expected = attend(q, k, v, one.options)
     assert all(torch.equal(mine, true) for mine, true in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("d", SIZES)
+def test_a_cuda_graph_replays_gradients_that_are_the_same_every_time(
+    case, launched, deterministic, mask, d
+):
+    """Programs that wait for each other are launched together, which a graph must keep."""
+    one = case(mask, n=700, m=600, d=d)
+
+    def gradients():
+        out, _ = attend(one.q, one.k, one.v, one.options)
+        return torch.autograd.grad(out, (one.q, one.k, one.v), one.dout)
+
+    gradients()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradients()
+    one.dout.copy_(torch.randn_like(one.dout))
+    graph.replay()
+    assert all(torch.equal(x, y) for x, y in zip(found, gradients(), strict=True))
+    assert launched == SIZES[d] * 3
