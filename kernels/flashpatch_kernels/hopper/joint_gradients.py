@@ -233,7 +233,7 @@ def add(given, QUERIES: gl.constexpr, C: gl.constexpr):
 
 
 @jit
-def tell(given, QUERIES: gl.constexpr, C: gl.constexpr):
+def count(given, QUERIES: gl.constexpr, C: gl.constexpr):
     """Counts every tile of dQ that was added, once all programs see it."""
     sizes, mask, n_tiles, added, counts = given
     n_batch, n_heads, group, n_queries, n_keys = sizes
@@ -246,10 +246,10 @@ def tell(given, QUERIES: gl.constexpr, C: gl.constexpr):
         begin = course(tile, n_tiles, n, group, C)
         for y in range(n * group):
             head, x = step_place(y, begin, g * group, n, C)
-            count = count_of(counts[0], batch * n_heads + head, t0 + x, n_queries, C)
+            at = count_of(counts[0], batch * n_heads + head, t0 + x, n_queries, C)
             take(added, done + y, 1)
             leave(added, done + y, 1)
-            count_one(count)
+            count_one(at)
         done += n * group
 
 
@@ -422,7 +422,7 @@ def joint_kernel(
             queries, douts, keys, values, dss, keys_read, lse, minus_delta)  # fmt: skip
     collected = (sizes, mask, n_tiles, keys, dss, sums, keys_read)
     summed = (DQ, dq_strides, sizes, mask, n_tiles, sums, added, counts)
-    told = (sizes, mask, n_tiles, added, counts)
+    counted = (sizes, mask, n_tiles, added, counts)
     if COUNTS is not None:
         gl.warp_specialize(
             [
@@ -431,7 +431,7 @@ def joint_kernel(
                 (collect, (collected, QUERIES, C)),
                 (produce, (given, QUERIES, C)),
                 (add, (summed, QUERIES, C)),
-                (tell, (told, QUERIES, C)),
+                (count, (counted, QUERIES, C)),
             ],
             [4, 4, 1, 1, 1],
             [C.REGISTERS, registers_left(C), FEW, FEW, FEW],
