@@ -93,8 +93,11 @@ def measure(
         with torch.no_grad():
             forward_ms = median_ms(lambda: attend(q, k, v, causal), rep)
         out = attend(q, k, v, causal)
-        grads = lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)  # noqa: E731
-        return forward_ms, median_ms(grads, rep)
+
+        def backward() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+
+        return forward_ms, median_ms(backward, rep)
 
     taken = [{name: once(attend) for name, attend in attends.items()} for _ in range(rounds)]
     found = {}
