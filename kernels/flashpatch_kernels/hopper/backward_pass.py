@@ -83,9 +83,9 @@ def launch_joint(shared: Shared, grads: dict[str, Tensor], *, in_order: bool) ->
     strides = [stride // 4 for stride in setups.strides(sums)]
     counts = None
     if in_order:
-        tile, _ = crews.tuned(shared.call, "dqdkdv")
+        tile, _ = crews.tuned(shared.call, "dqdkdv", in_order=True)
         n_batch, n_heads, _, n_queries, _ = shared.call.sizes
-        shape = n_batch, n_heads, setups.cdiv(n_queries, tile.BM) + 1
+        shape = n_batch, n_heads, setups.cdiv(n_queries, tile.BM) + 1  # see `ordering.count_of`
         counts = torch.zeros(shape, dtype=torch.int32, device=sums.device)
     outputs = sums, counts, grads["k"], grads["v"]
     launch_key_pass(joint_kernel, "dqdkdv", shared, outputs, strides, in_order=in_order)

@@ -11,6 +11,9 @@ from flashpatch_kernels.triton import setups, tile_masks
 from flashpatch_kernels.triton.terms import Composed
 from flashpatch_kernels.tuning import Tile
 
+# The passes whose programs own queries; those of the others own keys.
+OF_QUERIES = ("forward", "dq")
+
 
 class Constants(NamedTuple):
     """What a kernel is compiled for, beside types.
@@ -53,7 +56,7 @@ def tuned(
     call: setups.Setup, name: tuning.CrewPass, *, in_order: bool = False
 ) -> tuple[Tile, Constants]:
     """The tile of a pass, and what it is compiled for."""
-    of_keys, pairs = name in ("dkdv", "dqdkdv"), paired(call.options.mask, name)
+    of_keys, pairs = name not in OF_QUERIES, paired(call.options.mask, name)
     alone = of_keys and call.sizes[2] == 1
     shares = pairs, alone, of_keys and pairs and not (alone or in_order)
     return constants(name, call.head_sizes, shares, *call.kinds[1:4], call.own)
@@ -66,7 +69,7 @@ def paired(mask: Mask, name: tuning.CrewPass) -> bool:
     """
     if isinstance(mask, Band):
         return mask.right is not None and mask.left is None
-    return name in ("forward", "dq")
+    return name in OF_QUERIES
 
 
 @lru_cache
@@ -79,7 +82,7 @@ def constants(
     d, dv = map(tuning.width, sizes)
     chunks = setups.chunks(sizes[0]) if sizes[0] > 64 else (64, 0)
     tile = crew.tile(name)
-    rows = tile.BM // crew.consumers if name in ("forward", "dq") else 64
+    rows = tile.BM // crew.consumers if name in OF_QUERIES else 64
     return tile, Constants(
         *(*sizes, d, dv, *chunks, rows, tile.BM, tile.BN),
         *(crew.consumers, crew.registers, crew.in_turn, crew.slots, crew.own_slots),
@@ -98,7 +101,7 @@ def programs(call: setups.Setup, name: tuning.CrewPass, n_items: int) -> int:
     Under Intervals one for each tile in the backward pass: nobody knows who has how much work, and
     the card gives the next tile to the multiprocessor that is free.
     """
-    if name in ("dkdv", "dqdkdv") and not isinstance(call.options.mask, Band):
+    if name not in OF_QUERIES and not isinstance(call.options.mask, Band):
         return n_items
     return min(n_items, processors(call.device))
 

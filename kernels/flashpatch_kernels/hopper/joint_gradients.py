@@ -203,18 +203,30 @@ def collect(given, QUERIES: gl.constexpr, C: gl.constexpr):
 
 
 @jit
+def addends(turn, sizes, mask, n_tiles, QUERIES: gl.constexpr, C: gl.constexpr):
+    """What adds to dQ in a turn of this program.
+
+    Returns:
+        The tile of keys, and its head as `place` has it; the first of the tiles of queries that it
+        meets, how many of each head, at least one, and where among them it begins.
+    """
+    n_batch, n_heads, group, n_queries, n_keys = sizes
+    tile, bh, batch, g = place(turn, n_tiles, n_batch, n_heads // group, C.PAIRED)
+    t0, _, _, t3 = QUERIES(mask, batch, g, tile * C.BN, n_queries, n_keys, C.BM, C.BN)
+    n = gl.maximum(t3 - t0, 1)
+    return tile, bh, batch, g, t0, n, course(tile, n_tiles, n, group, C)
+
+
+@jit
 def add(given, QUERIES: gl.constexpr, C: gl.constexpr):
     """Has the copy engine add every tile of dQ to the matrix, in one order where it is counted."""
     DQ, dq_strides, sizes, mask, n_tiles, sums, added, counts = given
-    n_batch, n_heads, group, n_queries, n_keys = sizes
+    n_batch, n_heads, group, n_queries, _n_keys = sizes
     kv_heads = n_heads // group
     dq = matrix(DQ, dq_strides, n_batch, n_heads, n_queries, C.SIZE, C.BM, C.D)
     done = 0
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
-        tile, bh, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
-        t0, _, _, t3 = QUERIES(mask, batch, g, tile * C.BN, n_queries, n_keys, C.BM, C.BN)
-        n = gl.maximum(t3 - t0, 1)
-        begin = course(tile, n_tiles, n, group, C)
+        tile, bh, batch, g, t0, n, begin = addends(turn, sizes, mask, n_tiles, QUERIES, C)
         for y in range(n * group):
             head, x = step_place(y, begin, g * group, n, C)
             i, number = t0 + x, done + y
@@ -236,14 +248,11 @@ def add(given, QUERIES: gl.constexpr, C: gl.constexpr):
 def count(given, QUERIES: gl.constexpr, C: gl.constexpr):
     """Counts every tile of dQ that was added, once all programs see it."""
     sizes, mask, n_tiles, added, counts = given
-    n_batch, n_heads, group, n_queries, n_keys = sizes
+    n_batch, n_heads, group, n_queries, _n_keys = sizes
     kv_heads = n_heads // group
     done = 0
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
-        tile, _, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
-        t0, _, _, t3 = QUERIES(mask, batch, g, tile * C.BN, n_queries, n_keys, C.BM, C.BN)
-        n = gl.maximum(t3 - t0, 1)
-        begin = course(tile, n_tiles, n, group, C)
+        _, _, batch, g, t0, n, begin = addends(turn, sizes, mask, n_tiles, QUERIES, C)
         for y in range(n * group):
             head, x = step_place(y, begin, g * group, n, C)
             at = count_of(counts[0], batch * n_heads + head, t0 + x, n_queries, C)
