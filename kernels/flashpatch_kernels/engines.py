@@ -10,10 +10,11 @@ Letters: B batch, H query heads, H_kv key heads, N queries, M keys, D head size,
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,8 +58,7 @@ class Reason:
         return self.text
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What can be known of an attention call without looking at data.
 
     The defaults describe a plain call, so that a report can ask about one before it is made.
@@ -89,7 +89,7 @@ class Call:
     head_size: int = 64
     value_size: int = 64
     mask: type[Band] | type[Intervals] | type[Boolean] = Band
-    band: Band | None = field(default_factory=Band)
+    band: Band | None = Band()
     one_row: bool = True
     softcap: bool = False
     table: bool = False

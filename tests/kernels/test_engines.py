@@ -1,6 +1,5 @@
 """Which engine takes a call, and that the reason of each that does not is told."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -30,37 +29,37 @@ BOOLEAN = {"mask": Boolean, "band": None, "one_row": False}
 
 # One call per requirement that the engine does not take, and for no other reason.
 UNMET = {
-    "MIXED": (TILED, replace(CPU, mixed=True)),
-    "DTYPE": (TILED, replace(CPU, dtype=torch.float8_e5m2)),
-    "HEADS": (TILED, replace(CPU, heads=3, kv_heads=2)),
+    "MIXED": (TILED, CPU._replace(mixed=True)),
+    "DTYPE": (TILED, CPU._replace(dtype=torch.float8_e5m2)),
+    "HEADS": (TILED, CPU._replace(heads=3, kv_heads=2)),
     "HOPPER_GLUON": (HOPPER, CUDA),
-    "HOPPER_DEVICE": (HOPPER, replace(CUDA, capability=(10, 0))),
-    "HOPPER_DTYPE": (HOPPER, replace(CUDA, dtype=torch.float32)),
-    "HOPPER_HEAD_SIZE": (HOPPER, replace(CUDA, head_size=264)),
-    "HOPPER_ALIGNMENT": (HOPPER, replace(CUDA, aligned=False)),
-    "HOPPER_MASK": (HOPPER, replace(CUDA, **BOOLEAN)),
-    "HOPPER_BIAS": (HOPPER, replace(CUDA, table=True)),
-    "HOPPER_SLOPES": (HOPPER, replace(CUDA, slopes=True, n_keys=(1 << 23) + 1)),
-    "HOPPER_SCORE": (HOPPER, replace(CUDA, score=True)),
-    "HOPPER_DROPOUT": (HOPPER, replace(CUDA, dropout=0.1)),
+    "HOPPER_DEVICE": (HOPPER, CUDA._replace(capability=(10, 0))),
+    "HOPPER_DTYPE": (HOPPER, CUDA._replace(dtype=torch.float32)),
+    "HOPPER_HEAD_SIZE": (HOPPER, CUDA._replace(head_size=264)),
+    "HOPPER_ALIGNMENT": (HOPPER, CUDA._replace(aligned=False)),
+    "HOPPER_MASK": (HOPPER, CUDA._replace(**BOOLEAN)),
+    "HOPPER_BIAS": (HOPPER, CUDA._replace(table=True)),
+    "HOPPER_SLOPES": (HOPPER, CUDA._replace(slopes=True, n_keys=(1 << 23) + 1)),
+    "HOPPER_SCORE": (HOPPER, CUDA._replace(score=True)),
+    "HOPPER_DROPOUT": (HOPPER, CUDA._replace(dropout=0.1)),
     "TRITON_MISSING": (TRITON, CUDA),
     "TRITON_DEVICE": (TRITON, CPU),
-    "TRITON_DTYPE": (TRITON, replace(CUDA, dtype=torch.float64)),
-    "TRITON_BFLOAT16": (TRITON, replace(CUDA, capability=(7, 5))),
-    "TRITON_HEAD_SIZE": (TRITON, replace(CUDA, head_size=513)),
-    "TRITON_SLOPES": (TRITON, replace(CUDA, slopes=True, n_queries=(1 << 23) + 1)),
-    "TILED_SCORE": (TILED, replace(CPU, score=True)),
-    "SDPA_LSE": (SDPA, replace(CPU, lse=True)),
-    "SDPA_SOFTCAP": (SDPA, replace(CPU, softcap=True)),
-    "SDPA_RELATIVE": (SDPA, replace(CPU, relative=True)),
-    "SDPA_SCORE": (SDPA, replace(CPU, score=True)),
-    "SDPA_SINKS": (SDPA, replace(CPU, sinks=True)),
-    "SDPA_DTYPE": (SDPA, replace(CUDA, dtype=torch.float64)),
-    "SDPA_HEAD_SIZE": (SDPA, replace(CPU, value_size=32)),
-    "SDPA_TABLE": (SDPA, replace(CPU, slopes=True)),
-    "SDPA_MASK": (SDPA, replace(CPU, **INTERVALS)),
-    "SDPA_BIAS": (SDPA, replace(CPU, bias=True, bias_grad=True)),
-    "SDPA_DROPOUT": (SDPA, replace(CPU, dropout=0.1)),
+    "TRITON_DTYPE": (TRITON, CUDA._replace(dtype=torch.float64)),
+    "TRITON_BFLOAT16": (TRITON, CUDA._replace(capability=(7, 5))),
+    "TRITON_HEAD_SIZE": (TRITON, CUDA._replace(head_size=513)),
+    "TRITON_SLOPES": (TRITON, CUDA._replace(slopes=True, n_queries=(1 << 23) + 1)),
+    "TILED_SCORE": (TILED, CPU._replace(score=True)),
+    "SDPA_LSE": (SDPA, CPU._replace(lse=True)),
+    "SDPA_SOFTCAP": (SDPA, CPU._replace(softcap=True)),
+    "SDPA_RELATIVE": (SDPA, CPU._replace(relative=True)),
+    "SDPA_SCORE": (SDPA, CPU._replace(score=True)),
+    "SDPA_SINKS": (SDPA, CPU._replace(sinks=True)),
+    "SDPA_DTYPE": (SDPA, CUDA._replace(dtype=torch.float64)),
+    "SDPA_HEAD_SIZE": (SDPA, CPU._replace(value_size=32)),
+    "SDPA_TABLE": (SDPA, CPU._replace(slopes=True)),
+    "SDPA_MASK": (SDPA, CPU._replace(**INTERVALS)),
+    "SDPA_BIAS": (SDPA, CPU._replace(bias=True, bias_grad=True)),
+    "SDPA_DROPOUT": (SDPA, CPU._replace(dropout=0.1)),
 }
 
 
@@ -97,79 +96,79 @@ def test_preferences_have_reasons_of_their_own():
 
 
 def test_a_reason_prints_as_its_sentence():
-    assert str(why_not(SDPA, replace(CPU, softcap=True))) == "PyTorch's attention has no softcap"
+    assert str(why_not(SDPA, CPU._replace(softcap=True))) == "PyTorch's attention has no softcap"
 
 
 @pytest.mark.parametrize(
     ("call", "engine"),
     [
         (CUDA, "hopper"),
-        (replace(CUDA, dtype=torch.float16), "hopper"),
-        (replace(CUDA, **CAUSAL), "hopper"),
-        (replace(CUDA, **INTERVALS), "hopper"),
-        (replace(CUDA, lse=True), "hopper"),
-        (replace(CUDA, heads=8, kv_heads=2), "hopper"),
-        (replace(CUDA, needs_grad=True), "hopper"),
-        (replace(CUDA, softcap=True), "hopper"),
-        (replace(CUDA, sinks=True, **INTERVALS), "hopper"),
-        (replace(CUDA, slopes=True), "hopper"),
-        (replace(CUDA, slopes=True, n_keys=1 << 23), "hopper"),
-        (replace(CUDA, slopes=True, n_keys=(1 << 23) + 1), "tiled"),
-        (replace(CUDA, slopes=True, n_queries=1), "sdpa"),
-        (replace(CUDA, head_size=128, value_size=128), "hopper"),
-        (replace(CUDA, head_size=256, value_size=256), "hopper"),
-        (replace(CUDA, n_queries=257), "hopper"),
-        (replace(CUDA, n_queries=256), "triton"),
-        (replace(CUDA, aligned=False), "triton"),
-        (replace(CUDA, head_size=96, value_size=96), "hopper"),
-        (replace(CUDA, head_size=192, value_size=128), "hopper"),
-        (replace(CUDA, head_size=128), "hopper"),
-        (replace(CUDA, value_size=128), "triton"),
-        (replace(CUDA, head_size=32, value_size=32), "triton"),
-        (replace(CUDA, capability=(8, 0)), "triton"),
-        (replace(CUDA, capability=(8, 0), **INTERVALS), "triton"),
-        (replace(CUDA, capability=(8, 0), softcap=True), "triton"),
-        (replace(CUDA, capability=(10, 0)), "triton"),
-        (replace(CUDA, dtype=torch.float32), "sdpa"),
-        (replace(CUDA, dtype=torch.float32, **CAUSAL), "sdpa"),
-        (replace(CUDA, dtype=torch.float32, **INTERVALS), "triton"),
-        (replace(CUDA, dtype=torch.float32, lse=True), "triton"),
-        (replace(CUDA, score=True, dtype=torch.float32), "triton"),
-        (replace(CUDA, dtype=torch.float64), "tiled"),
-        (replace(CUDA, **BOOLEAN), "triton"),
-        (replace(CUDA, head_size=512, value_size=512), "triton"),
-        (replace(CUDA, head_size=520, value_size=520), "sdpa"),
-        (replace(CUDA, dropout=0.1), "sdpa"),
-        (replace(CUDA, dropout=0.1, **INTERVALS), "triton"),
-        (replace(CUDA, bias=True), "triton"),
-        (replace(CUDA, bias=True, bias_grad=True), "triton"),
-        (replace(CUDA, table=True), "triton"),
-        (replace(CUDA, n_queries=1), "sdpa"),
-        (replace(CUDA, n_queries=1, sinks=True), "triton"),
-        (replace(CUDA, table=True, n_queries=1), "sdpa"),
-        (replace(CUDA, relative=True), "triton"),
-        (replace(CUDA, score=True), "triton"),
+        (CUDA._replace(dtype=torch.float16), "hopper"),
+        (CUDA._replace(**CAUSAL), "hopper"),
+        (CUDA._replace(**INTERVALS), "hopper"),
+        (CUDA._replace(lse=True), "hopper"),
+        (CUDA._replace(heads=8, kv_heads=2), "hopper"),
+        (CUDA._replace(needs_grad=True), "hopper"),
+        (CUDA._replace(softcap=True), "hopper"),
+        (CUDA._replace(sinks=True, **INTERVALS), "hopper"),
+        (CUDA._replace(slopes=True), "hopper"),
+        (CUDA._replace(slopes=True, n_keys=1 << 23), "hopper"),
+        (CUDA._replace(slopes=True, n_keys=(1 << 23) + 1), "tiled"),
+        (CUDA._replace(slopes=True, n_queries=1), "sdpa"),
+        (CUDA._replace(head_size=128, value_size=128), "hopper"),
+        (CUDA._replace(head_size=256, value_size=256), "hopper"),
+        (CUDA._replace(n_queries=257), "hopper"),
+        (CUDA._replace(n_queries=256), "triton"),
+        (CUDA._replace(aligned=False), "triton"),
+        (CUDA._replace(head_size=96, value_size=96), "hopper"),
+        (CUDA._replace(head_size=192, value_size=128), "hopper"),
+        (CUDA._replace(head_size=128), "hopper"),
+        (CUDA._replace(value_size=128), "triton"),
+        (CUDA._replace(head_size=32, value_size=32), "triton"),
+        (CUDA._replace(capability=(8, 0)), "triton"),
+        (CUDA._replace(capability=(8, 0), **INTERVALS), "triton"),
+        (CUDA._replace(capability=(8, 0), softcap=True), "triton"),
+        (CUDA._replace(capability=(10, 0)), "triton"),
+        (CUDA._replace(dtype=torch.float32), "sdpa"),
+        (CUDA._replace(dtype=torch.float32, **CAUSAL), "sdpa"),
+        (CUDA._replace(dtype=torch.float32, **INTERVALS), "triton"),
+        (CUDA._replace(dtype=torch.float32, lse=True), "triton"),
+        (CUDA._replace(score=True, dtype=torch.float32), "triton"),
+        (CUDA._replace(dtype=torch.float64), "tiled"),
+        (CUDA._replace(**BOOLEAN), "triton"),
+        (CUDA._replace(head_size=512, value_size=512), "triton"),
+        (CUDA._replace(head_size=520, value_size=520), "sdpa"),
+        (CUDA._replace(dropout=0.1), "sdpa"),
+        (CUDA._replace(dropout=0.1, **INTERVALS), "triton"),
+        (CUDA._replace(bias=True), "triton"),
+        (CUDA._replace(bias=True, bias_grad=True), "triton"),
+        (CUDA._replace(table=True), "triton"),
+        (CUDA._replace(n_queries=1), "sdpa"),
+        (CUDA._replace(n_queries=1, sinks=True), "triton"),
+        (CUDA._replace(table=True, n_queries=1), "sdpa"),
+        (CUDA._replace(relative=True), "triton"),
+        (CUDA._replace(score=True), "triton"),
         (CPU, "sdpa"),
-        (replace(CPU, dtype=torch.float64), "sdpa"),
-        (replace(CPU, **CAUSAL), "sdpa"),
-        (replace(CPU, **CAUSAL, n_keys=4096), "tiled"),
-        (replace(CPU, band=Band(left=99, right=0), one_row=False), "tiled"),
-        (replace(CPU, **INTERVALS), "tiled"),
-        (replace(CPU, mask=Intervals, band=None), "sdpa"),
-        (replace(CPU, **INTERVALS, n_queries=512, n_keys=512), "sdpa"),
-        (replace(CPU, **BOOLEAN), "sdpa"),
-        (replace(CPU, table=True), "tiled"),
-        (replace(CPU, slopes=True), "tiled"),
-        (replace(CPU, slopes=True, n_queries=1), "sdpa"),
-        (replace(CPU, table=True, n_queries=200, n_keys=200), "sdpa"),
-        (replace(CPU, table=True, n_queries=512, n_keys=512), "tiled"),
-        (replace(CPU, table=True, n_queries=1), "sdpa"),
-        (replace(CPU, bias=True), "sdpa"),
-        (replace(CPU, bias=True, **CAUSAL), "tiled"),
-        (replace(CPU, bias=True, bias_one_row=True, mask=Intervals, band=None), "sdpa"),
-        (replace(CPU, dropout=0.1), "tiled"),
-        (replace(CPU, n_queries=1, band=Band(left=99, right=0, offset=2047)), "sdpa"),
-        (replace(CPU, value_size=32), "tiled"),
+        (CPU._replace(dtype=torch.float64), "sdpa"),
+        (CPU._replace(**CAUSAL), "sdpa"),
+        (CPU._replace(**CAUSAL, n_keys=4096), "tiled"),
+        (CPU._replace(band=Band(left=99, right=0), one_row=False), "tiled"),
+        (CPU._replace(**INTERVALS), "tiled"),
+        (CPU._replace(mask=Intervals, band=None), "sdpa"),
+        (CPU._replace(**INTERVALS, n_queries=512, n_keys=512), "sdpa"),
+        (CPU._replace(**BOOLEAN), "sdpa"),
+        (CPU._replace(table=True), "tiled"),
+        (CPU._replace(slopes=True), "tiled"),
+        (CPU._replace(slopes=True, n_queries=1), "sdpa"),
+        (CPU._replace(table=True, n_queries=200, n_keys=200), "sdpa"),
+        (CPU._replace(table=True, n_queries=512, n_keys=512), "tiled"),
+        (CPU._replace(table=True, n_queries=1), "sdpa"),
+        (CPU._replace(bias=True), "sdpa"),
+        (CPU._replace(bias=True, **CAUSAL), "tiled"),
+        (CPU._replace(bias=True, bias_one_row=True, mask=Intervals, band=None), "sdpa"),
+        (CPU._replace(dropout=0.1), "tiled"),
+        (CPU._replace(n_queries=1, band=Band(left=99, right=0, offset=2047)), "sdpa"),
+        (CPU._replace(value_size=32), "tiled"),
     ],
 )
 def test_the_engine_of_choice(call, engine):
@@ -181,21 +180,21 @@ def test_without_triton_a_cuda_call_runs_all_the_same(monkeypatch):
     assert choose(CUDA).name == "triton"
     monkeypatch.setattr(engines, "TRITON_INSTALLED", False)
     assert choose(CUDA).name == "sdpa"
-    assert choose(replace(CUDA, **INTERVALS)).name == "tiled"
+    assert choose(CUDA._replace(**INTERVALS)).name == "tiled"
 
 
 def test_the_interpreter_serves_only_who_asks_for_it(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert why_not(TRITON, CPU) is None
     assert choose(CPU).name == "sdpa"
-    assert choose(replace(CPU, **INTERVALS)).name == "tiled"
+    assert choose(CPU._replace(**INTERVALS)).name == "tiled"
 
 
 def test_no_engine_at_all_is_an_error_with_the_reason():
     with pytest.raises(ValueError, match="multiple of the key heads"):
-        choose(replace(CPU, heads=3, kv_heads=2))
+        choose(CPU._replace(heads=3, kv_heads=2))
     with pytest.raises(ValueError, match="a Triton function on scores runs on the Triton engine"):
-        choose(replace(CPU, score=True))
+        choose(CPU._replace(score=True))
 
 
 def test_a_call_is_described_by_its_metadata():
