@@ -1,9 +1,8 @@
 """Attention on a GPU: every implementation on the same inputs in one run, forward and backward.
 
-Times are medians of several rounds, in which implementations take turns on a rested card: one of
-them, and not another, may meet a moment in which the card is slower. The backward is
-`torch.autograd.grad` through the public function. TFLOP/s use the count of the FlashAttention
-papers: 4 B H N M D forward, half of it if causal, 2.5 times that backward.
+Implementations take turns (see `timing`). The backward is `torch.autograd.grad` through the public
+function. TFLOP/s use the count of the FlashAttention papers: 4 B H N M D forward, half of it if
+causal, 2.5 times that backward.
 Run on a GPU: `PYTHONPATH=.:kernels python benchmarks/attention_gpu.py --out results.json`.
 """
 
@@ -11,13 +10,13 @@ import argparse
 import json
 import subprocess
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import triton
-from timing import median_ms
+from timing import in_turns
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -89,27 +88,29 @@ def measure(
     q, k, v = (t.requires_grad_() for t in (q, k, v))
     operations = 4 * batch * heads * n * n * d / (2 if causal else 1)
 
-    def once(attend: Attend) -> tuple[float, float]:
-        with torch.no_grad():
-            forward_ms = median_ms(lambda: attend(q, k, v, causal), rep)
+    def forward(attend: Attend) -> Callable[[], Any]:
+        return lambda: attend(q, k, v, causal)
+
+    def backward(attend: Attend) -> Callable[[], Any]:
         out = attend(q, k, v, causal)
+        return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
 
-        def backward() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
-
-        return forward_ms, median_ms(backward, rep)
-
-    taken = [{name: once(attend) for name, attend in attends.items()} for _ in range(rounds)]
-    found = {}
-    for name in attends:
-        forward_ms, backward_ms = map(median, zip(*(times[name] for times in taken), strict=True))
-        found[name] = {
-            "forward_ms": round(forward_ms, 4),
-            "backward_ms": round(backward_ms, 4),
-            "forward_tflops": round(operations / forward_ms / 1e9, 1),
-            "backward_tflops": round(2.5 * operations / backward_ms / 1e9, 1),
+    ms = {}
+    for name, of in (("forward", forward), ("backward", backward)):
+        functions = {implementation: of(attend) for implementation, attend in attends.items()}
+        with torch.set_grad_enabled(name == "backward"):
+            for function in functions.values():
+                function()  # may compile
+            ms[name] = in_turns(functions, rep, rounds)
+    return {
+        implementation: {
+            "forward_ms": round(ms["forward"][implementation], 4),
+            "backward_ms": round(ms["backward"][implementation], 4),
+            "forward_tflops": round(operations / ms["forward"][implementation] / 1e9, 1),
+            "backward_tflops": round(2.5 * operations / ms["backward"][implementation] / 1e9, 1),
         }
-    return found
+        for implementation in attends
+    }
 
 
 def commit() -> str:
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 8192, 16384])
     parser.add_argument("--groups", type=int, nargs="*", default=[1])
     parser.add_argument("--rep", type=int, default=60, help="milliseconds a measurement")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each has a turn")
     parser.add_argument("--commit", default=commit())
     parser.add_argument("--out", type=Path)
     parser.add_argument(
@@ -137,29 +138,26 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.use_deterministic_algorithms(arguments.deterministic)
     implementations = {name: IMPLEMENTATIONS[name]() for name in arguments.impls}
-    rows = []
-    for d in arguments.dims:
-        for n in arguments.lengths:
-            for group in arguments.groups:
-                for causal in (False, True):
-                    shape = {"d": d, "n": n, "group": group, "causal": causal}
-                    found = measure(
-                        implementations, **shape, rep=arguments.rep, rounds=arguments.rounds
-                    )
-                    for name, times in found.items():
-                        rows.append({"implementation": name, **shape, **times})
-                        print(json.dumps(rows[-1]), flush=True)
-    if arguments.out:
-        record = {
-            "what": "attention, bf16, hidden size 2048, 16384 tokens; medians of rounds in turns",
-            "card": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "commit": arguments.commit,
-            "deterministic": arguments.deterministic,
-            "rows": rows,
-        }
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+    record = {
+        "what": "attention, bf16, hidden size 2048, 16384 tokens; medians of rounds in turns",
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": arguments.commit,
+        "deterministic": arguments.deterministic,
+        "rows": rows,
+    }
+    for d, n, group, causal in product(
+        arguments.dims, arguments.lengths, arguments.groups, (False, True)
+    ):
+        shape = {"d": d, "n": n, "group": group, "causal": causal}
+        found = measure(implementations, **shape, rep=arguments.rep, rounds=arguments.rounds)
+        for name, times in found.items():
+            rows.append({"implementation": name, **shape, **times})
+            print(json.dumps(rows[-1]), flush=True)
+        if arguments.out:  # what is measured is not lost if the rest is
+            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

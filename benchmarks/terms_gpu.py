@@ -8,7 +8,8 @@
   PyTorch's attention with a boolean mask. Texts are padded on the right, but where it is said.
 * `hopper`: what the Hopper engine's own terms cost, tokens as in `terms`.
 
-Times are medians on a rested card, of forward alone, and of forward and backward together.
+Times are of forward alone, and of forward and backward together; the cases that are compared take
+turns (see `timing`).
 Run on a GPU: `PYTHONPATH=.:kernels python benchmarks/terms_gpu.py --out results.json`; `--dry` runs
 every case once, in small, without a GPU.
 """
@@ -218,28 +219,60 @@ def groups(on: Machine) -> Iterator[tuple[str, Iterator[Case]]]:
             yield f"terms, d {d}, {'causal' if causal else 'full'}", terms(on, d, causal=causal)
 
 
-def timed(case: Case, on: Machine, rep: int) -> dict[str, float]:
-    """Milliseconds of the forward, and of forward and backward together."""
-    dout = torch.randn_like(case.forward().detach())
+class Passes(NamedTuple):
+    """The two things to time of a case, under the names that results have for them."""
 
-    def both() -> None:
-        torch.autograd.grad(case.forward(), case.inputs, dout)
+    forward_ms: Callable[[], Any]
+    both_ms: Callable[[], Any]
 
-    if on.device == "cpu":
+    @staticmethod
+    def of(case: Case) -> "Passes":
+        """Each runs once, which may compile, and may show that there is no memory for it."""
+        dout = torch.randn_like(case.forward().detach())
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return case.forward()
+
+        def both() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(case.forward(), case.inputs, dout)
+
+        forward()
         both()
-        return {"forward_ms": 0.0, "both_ms": 0.0}
-    from timing import median_ms
+        return Passes(forward, both)
 
-    with torch.no_grad():
-        forward = median_ms(case.forward, rep)
-    whole = median_ms(both, rep)
-    return {"forward_ms": round(forward, 4), "both_ms": round(whole, 4)}
+
+def measured(cases: Iterator[Case], on: Machine, rep: int, rounds: int) -> list[dict[str, Any]]:
+    """A row for each case, with times and their ratios to the first one's, or with its error."""
+    passes: dict[str, Passes] = {}
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        rows.append({"case": case.name})
+        try:
+            passes[case.name] = Passes.of(case)
+        except (RuntimeError, ValueError) as error:
+            if on.device == "cpu":
+                raise
+            rows[-1]["error"] = str(error)[:200]
+    if on.device == "cpu" or not passes:
+        return rows
+    from timing import in_turns
+
+    first = next(iter(passes))
+    for name in Passes._fields:
+        ms = in_turns({case: getattr(both, name) for case, both in passes.items()}, rep, rounds)
+        for row in rows:
+            if row["case"] in ms:
+                row[name] = round(ms[row["case"]], 4)
+                row[name.replace("_ms", "_ratio")] = round(ms[row["case"]] / ms[first], 3)
+    return rows
 
 
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rep", type=int, default=60, help="milliseconds a measurement")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each has a turn")
     parser.add_argument("--commit", default="unknown", help="of the code that runs")
     parser.add_argument("--only", default="", help="groups whose name contains this")
     parser.add_argument("--dry", action="store_true", help="once, in small, on a CPU")
@@ -247,35 +280,21 @@ def main() -> None:
     arguments = parser.parse_args()
     on = CPU if arguments.dry else GPU
     rows: list[dict[str, Any]] = []
+    record: dict[str, Any] = {
+        "what": __doc__,
+        "card": "none" if arguments.dry else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "commit": arguments.commit,
+        "rows": rows,
+    }
     for group, cases in groups(on):
         if arguments.only not in group:
             continue
-        first: dict[str, float] = {}
-        for case in cases:
-            try:
-                times = timed(case, on, arguments.rep)
-            except (RuntimeError, ValueError) as error:
-                if arguments.dry:
-                    raise
-                rows.append({"group": group, "case": case.name, "error": str(error)[:200]})
-            else:
-                first = first or times
-                ratios = {
-                    name.replace("_ms", "_ratio"): round(ms / first[name], 3)
-                    for name, ms in times.items()
-                    if first[name]
-                }
-                rows.append({"group": group, "case": case.name, **times, **ratios})
+        for row in measured(cases, on, arguments.rep, arguments.rounds):
+            rows.append({"group": group, **row})
             print(json.dumps(rows[-1]), flush=True)
-    if arguments.out:
-        record: dict[str, Any] = {
-            "what": __doc__,
-            "card": "none" if arguments.dry else torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "commit": arguments.commit,
-            "rows": rows,
-        }
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        if arguments.out:  # what is measured is not lost if the rest is
+            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
