@@ -206,7 +206,8 @@ def run(
     if torch.compiler.is_compiling() or _watched(q):
         return torch.ops.flashpatch.forward.default(q, k, v, engine, *schema.flat(options))
     if torch.is_grad_enabled():
-        return _Attention.apply(q, k, v, engine, options, *options.terms.values())
+        terms = options.terms
+        return _Attention.apply(q, k, v, engine, options, tuple(terms), *terms.values())
     return _compute(q, k, v, engine, options)
 
 
@@ -357,11 +358,18 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, engine: str, options: Options, *_terms: Tensor
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        engine: str,
+        options: Options,
+        names: tuple[str, ...],
+        *_terms: Tensor,
     ) -> tuple[Tensor, Tensor]:
         output = _compute(q, k, v, engine, options)
         _save(ctx, (q, k, v, engine, *schema.flat(options)), output)
-        ctx.names = ("q", "k", "v", None, None, *options.terms)
+        ctx.names = ("q", "k", "v", None, None, None, *names)
         return output
 
     @staticmethod

@@ -7,7 +7,7 @@ import torch
 
 from flashpatch_kernels import attention, reference
 from flashpatch_kernels.engines import Call, choose
-from flashpatch_kernels.masks import Band
+from flashpatch_kernels.masks import Band, Intervals
 from flashpatch_kernels.op import run
 from flashpatch_kernels.options import Options
 
@@ -88,11 +88,10 @@ def own_kernels():
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the engine's own kernels that ran, in order."""
-    from flashpatch_kernels.triton import launching
-    from flashpatch_kernels.triton.plans import Plan
+    from flashpatch_kernels.triton import launching, plans
 
     names = []
-    launch, again = launching.launch, Plan.again
+    launch, make = launching.launch, plans.Launch.make
 
     def note(kernel):
         if kernel in own_kernels():
@@ -102,15 +101,15 @@ def launched(monkeypatch):
         note(kernel)
         return launch(kernel, *arguments)
 
-    def spy_again(plan, *tensors):
-        compiled = again(plan, *tensors)
-        if compiled is not None:
-            note(compiled.src.fn)
-        return compiled
+    def spy_make(one, *tensors):
+        note(one.compiled.src.fn)
+        make(one, *tensors)
 
     monkeypatch.setattr(launching, "launch", spy_launch)
-    monkeypatch.setattr(Plan, "again", spy_again)
-    return names
+    monkeypatch.setattr(plans.Launch, "make", spy_make)
+    plans.shared.cache_clear()  # of launches that nobody spies on
+    yield names
+    plans.shared.cache_clear()
 
 
 @pytest.fixture
@@ -268,26 +267,42 @@ def test_slopes_that_are_given(
 
 
 @pytest.mark.parametrize("terms", [(), ("sinks",)], ids=str)
+@pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
-def test_alike_calls_after_each_other(case, compare, monkeypatch, terms, stream):
-    """The second and third are launched with what the first left, on whichever stream."""
+@pytest.mark.parametrize("mask", ["causal", "causal keys"])
+@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_alike_calls_after_each_other(case, monkeypatch, request, terms, in_order, stream, mask, d):
+    """The second and third take the steps that the first left, on whichever stream."""
     from flashpatch_kernels.triton import launching, plans
 
+    if in_order:
+        request.getfixturevalue("deterministic")
     plans.shared.cache_clear()
-    one = case("causal", terms=terms)
-    compare(one)
-    monkeypatch.setattr(launching, "launch", None)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream() if stream else torch.cuda.current_stream()):
-        for factor in (0.5, -2.0):
-            q, k, v = (spread(x.detach() * factor) for x in (one.q, one.k, one.v))
-            sinks = None if one.options.sinks is None else one.options.sinks.detach() * factor
-            options = replace(one.options, sinks=sinks)
-            found = attend(q, k, v, options)
-            exact = reference.attention(*(x.double() for x in (q, k, v)), options)
-            for ours, true in zip(found, exact, strict=True):
-                assert (ours - true).norm() < 1e-2 * true.norm()
-    torch.cuda.synchronize()
+    one = case(mask, terms=terms, n=333, d=d)
+
+    def answer(attend, q, k, v, options, dout):
+        out, lse = attend(q, k, v, options)
+        return out, lse.nan_to_num(neginf=0), *torch.autograd.grad(out, (q, k, v), dout)
+
+    for factor in (1.0, 0.5, -2.0):
+        inputs = [spread(x.detach() * factor).requires_grad_() for x in (one.q, one.k, one.v)]
+        dout = spread(one.dout)
+        sinks = None if one.options.sinks is None else one.options.sinks.detach() * factor
+        its = one.options.mask
+        if mask != "causal":
+            its = Intervals(its.bounds.clone(), None if its.runs is None else its.runs.clone())
+        options = replace(one.options, sinks=sinks, mask=its)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream() if stream else torch.cuda.current_stream()):
+            found = answer(attend, *inputs, options, dout)
+        torch.cuda.synchronize()
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        for ours, true in zip(
+            found, answer(reference.attention, *exact, options, dout.double()), strict=True
+        ):
+            assert (ours - true).norm() < 1e-2 * true.norm()
+        monkeypatch.setattr(launching, "launch", None)
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "causal keys"])

@@ -159,6 +159,49 @@ def layout(x):
     return x.shape, x.stride(), x.dtype
 
 
+def intervals(batch=2, n=300, runs=False):
+    bounds = torch.randint(0, 333, (batch, n, 2), dtype=torch.int32)
+    return Intervals(bounds, torch.randint(0, 333, (2, 333), dtype=torch.int32) if runs else None)
+
+
+@ENGINES
+@pytest.mark.parametrize("runs", [False, True])
+def test_alike_calls_under_intervals_bring_these_as_well(launches, engine, runs):
+    for _ in range(2):
+        q, k, v = tensors()
+        mask = intervals(runs=runs)
+        out, lse = engine.forward(q, k, v, Options(mask=mask, scale=0.125))
+    plans.shared.cache_clear()
+    expected = engine.forward(q, k, v, Options(mask=mask, scale=0.125))
+    n = len(launches) // 3
+    again, anew = launches[n : 2 * n], launches[2 * n :]
+    assert [one.again for one in launches] == [False] * n + [True] * n + [False] * n
+    moved = {x.data_ptr(): x.data_ptr() for x in (q, k, v, mask.bounds, mask.runs) if x is not None}
+    check_moved(again, anew, moved)
+    assert [moved[x.data_ptr()] for x in expected] == [out.data_ptr(), lse.data_ptr()]
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    "other",
+    [intervals(batch=1), intervals(n=1), intervals(runs=True), Band(right=0)],
+    ids=["one for the batch", "one for all queries", "runs", "a band"],
+)
+def test_calls_under_other_masks_share_nothing(launches, engine, other):
+    for mask in (intervals(), other):
+        engine.forward(*tensors(), Options(mask=mask, scale=0.125))
+    assert not any(one.again for one in launches)
+
+
+@ENGINES
+def test_intervals_that_are_copied_share_nothing(launches, engine):
+    for _ in range(2):
+        mask = intervals()
+        bounds = mask.bounds.transpose(0, 1).contiguous().transpose(0, 1)
+        engine.forward(*tensors(), Options(mask=Intervals(bounds), scale=0.125))
+    assert not any(one.again for one in launches)
+
+
 @ENGINES
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sinks", [False, True])
@@ -241,7 +284,6 @@ def test_an_address_that_hopper_cannot_read_goes_to_the_portable_kernels_each_ti
 
 
 TENSORS = {
-    "intervals": {"mask": Intervals(torch.zeros(2, 300, 2, dtype=torch.int32))},
     "boolean": {"mask": Boolean(torch.ones(1, 1, 300, 333, dtype=torch.bool))},
     "table": {"table": torch.randn(4, 11), "first": -5},
     "slopes": {"slopes": torch.randn(4)},
@@ -258,23 +300,203 @@ def test_calls_with_other_tensors_share_nothing(launches, more):
     assert not any(one.again for one in launches)
 
 
-def test_rows_that_are_copied_share_the_launch_of_their_copies(launches):
+def test_calls_whose_rows_are_copied_share_the_launch_on_the_copies(launches):
     q, k, v = tensors()
     columns = k.transpose(2, 3).contiguous().transpose(2, 3)
     for keys in (k.contiguous(), columns, columns):
         portable.forward(q, keys, v, Options(**OPTIONS))
-    assert [one.again for one in launches] == [False, True, True]
+    assert [one.again for one in launches] == [False, False, True]
+
+
+@ENGINES
+def test_one_tensor_in_two_places_makes_no_plan_for_calls_with_two(launches, engine):
+    x, y, z = tensors(h_kv=4, m=300)
+    for qkv in [(x, x, x), (x, y, z), (x, y, z), (x, x, x)]:
+        made = engine.forward(*qkv, Options(**OPTIONS))
+    assert [one.again for one in launches] == [False, False, True, True]
+    assert launches[3].arguments == launches[1].addressed([x, x, x, *made])
+
+
+class Backward(NamedTuple):
+    """What a backward pass is given beside options, and the names of what it gives."""
+
+    dout: Tensor
+    dlse: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    needs: frozenset[str] = frozenset("qkv")
+
+    def run(self, engine, **more):
+        *inputs, needs = self
+        return engine.backward(*inputs, Options(**OPTIONS | more), needs)
+
+    def addresses(self):
+        """Of its tensors."""
+        return [x.data_ptr() for x in self if isinstance(x, Tensor)]
+
+
+def backward(dlse=False, **sizes):
+    """One of random tensors."""
+    q, k, v = tensors(**sizes)
+    dout, out = tensors(**sizes)[0], tensors(**sizes)[0]
+    lse = torch.randn(q.shape[:3])
+    return Backward(dout, torch.randn(lse.shape) if dlse else None, q, k, v, out, lse)
+
+
+@pytest.fixture
+def unwritten(monkeypatch):
+    """Memory of which it shows if nobody writes it."""
+
+    def empty(size, stride, dtype, device):
+        assert device.type == "cpu"
+        return guards._empty_strided_cpu(size, stride, dtype).fill_(7)
+
+    monkeypatch.setattr(memory, "empty", empty)
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check_moved(again, anew, moved):
+    """The same launches, but that memory of their own lies elsewhere, the same for all of them.
+
+    `moved` are addresses by those that they have anew; it gets those of that memory.
+    """
+    for one, other in zip(again, anew, strict=True):
+        for x, y in zip(one.arguments, other.arguments, strict=True):
+            assert x == (moved.setdefault(y.data_ptr(), x) if isinstance(y, Tensor) else y)
+    assert len(set(moved.values())) == len(moved)
+
+
+def check_alike(launches, engine, first, second, masks=()):
+    """The second takes the steps of the first: those that it would take by itself.
+
+    Returns:
+        Its gradients.
+    """
+    given = [{"mask": x} for x in masks] or [{}, {}]
+    first.run(engine, **given[0])
+    n = len(launches)
+    grads = second.run(engine, **given[1])
+    plans.shared.cache_clear()
+    expected = second.run(engine, **given[1])
+    more = [x.data_ptr() for mask in masks[1:] for x in (mask.bounds, mask.runs) if x is not None]
+    again, anew = launches[n : 2 * n], launches[2 * n :]
+    assert [one.again for one in (*again, *anew)] == [True] * n + [False] * n
+    assert n > 0
+    moved = {x: x for x in (*second.addresses(), *more)}
+    check_moved(again, anew, moved)
+    assert grads.keys() == expected.keys() == second.needs
+    for name, grad in grads.items():
+        assert grad.data_ptr() == moved.get(expected[name].data_ptr(), grad.data_ptr())
+        assert layout(grad) == layout(expected[name])
+    return grads
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    "sizes", [{}, {"h_kv": 4, "d": 64, "dv": 64}, {"d": 256, "dv": 256}], ids=str
+)
+@pytest.mark.parametrize("dlse", [False, True])
+def test_alike_backward_passes_take_the_same_steps(launches, engine, sizes, dlse):
+    check_alike(launches, engine, backward(dlse, **sizes), backward(dlse, **sizes))
+
+
+@ENGINES
+@pytest.mark.parametrize("runs", [False, True])
+def test_alike_backward_passes_under_intervals_take_the_same_steps(launches, engine, runs):
+    masks = [intervals(runs=runs) for _ in range(2)]
+    check_alike(launches, engine, backward(), backward(), masks)
+
+
+@ENGINES
+@pytest.mark.parametrize("needs", ["q", "k", "v", "qk", "kv"])
+def test_alike_backward_passes_for_some_gradients_take_the_same_steps(launches, engine, needs):
+    first, second = (backward()._replace(needs=frozenset(needs)) for _ in range(2))
+    check_alike(launches, engine, first, second)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_alike_backward_passes_in_one_order_take_the_same_steps(launches):
+    sizes = {"n": 333}
+    check_alike(launches, hopper, backward(**sizes), backward(**sizes))
+
+
+@pytest.mark.usefixtures("unwritten")
+def test_what_is_added_up_in_memory_begins_with_zeros_each_time(launches):
+    """The launches that are only written down add nothing."""
+    grads = check_alike(launches, hopper, backward(), backward())
+    assert not grads["q"].any()
+    assert grads["k"].eq(7).all()
+
+
+def taken(change):
+    """A backward pass of which something is changed."""
+    one = backward()
+    return one._replace(**{name: f(getattr(one, name)) for name, f in change.items()})
+
+
+# From what a backward pass has, by what differs.
+OTHER_BACKWARDS = {
+    **{f"strides of {x}": {x: spread} for x in ("q", "k", "v", "out", "dout")},
+    **{f"address of {x}": {x: shifted} for x in ("q", "k", "v", "out", "dout", "lse")},
+    "dlse": {"dlse": lambda _: torch.randn(2, 4, 300)},
+    "needs": {"needs": lambda _: frozenset("kv")},
+    "strides of lse": {"lse": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)},
+}
+
+
+@ENGINES
+@pytest.mark.parametrize("other", OTHER_BACKWARDS)
+def test_backward_passes_that_differ_share_nothing(launches, engine, other):
+    backward().run(engine)
+    taken(OTHER_BACKWARDS[other]).run(engine)
+    assert not any(one.again for one in launches)
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    "more", [{"scale": 0.25}, {"softcap": 50.0}, {"mask": Band(left=63, right=0)}], ids=str
+)
+def test_backward_passes_of_other_options_share_nothing(launches, engine, more):
+    backward().run(engine)
+    backward().run(engine, **more)
+    assert not any(one.again for one in launches)
+
+
+def test_backward_passes_in_an_order_and_in_none_share_nothing(launches, request):
+    backward(n=333).run(hopper)
+    request.getfixturevalue("deterministic")
+    backward(n=333).run(hopper)
+    assert not any(one.again for one in launches)
+
+
+@ENGINES
+def test_a_gradient_that_torch_computes_is_not_kept(launches, engine):
+    needs = frozenset(("q", "sinks"))
+    for _ in range(2):
+        backward()._replace(needs=needs).run(engine, sinks=torch.randn(4))
+    assert not any(one.again for one in launches)
 
 
 @ENGINES
 def test_a_plan_keeps_no_tensor(launches, engine):
-    inputs = tensors()
+    inputs, given = tensors(), backward()
     options = Options(**OPTIONS, sinks=torch.randn(4))
     outputs = engine.forward(*inputs, options)
-    kept = [weakref.ref(x) for x in (*inputs, *outputs, options.sinks)]
-    del inputs, outputs, options
+    grads = given.run(engine)
+    kept = (*inputs, *outputs, options.sinks, *given[2:-1], *grads.values())
+    kept = [weakref.ref(x) for x in kept]
+    del inputs, outputs, options, given, grads
     launches.clear()
-    assert [x() for x in kept] == [None] * 6
+    assert not any(x() is not None for x in kept)
 
 
 def test_a_launch_that_was_not_made_is_not_kept(launches, monkeypatch):
@@ -402,7 +624,7 @@ def test_a_launcher_that_cannot_be_asked_is_called_each_time(driver, monkeypatch
     monkeypatch.setattr(launching, "start", lambda *given: made.append(given))
     compiled = Compiled(launcher(print))
     x, y = torch.ones(1), torch.ones(1)
-    Launch(compiled, 9, TILE, (x, 5)).make(y, None)
+    Launch(compiled, 9, TILE, (x, 5)).make(y)
     assert made == [(compiled, 9, TILE, [y, 5])]
 
 

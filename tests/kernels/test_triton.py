@@ -508,6 +508,7 @@ KEY_TILES = """
 import torch
 from flashpatch_kernels.masks import Intervals, allowed
 from flashpatch_kernels.triton import setups, tile_lists
+from flashpatch_kernels.triton.plans import Steps
 from flashpatch_kernels.tuning import Tile
 BM, BN, ROWS = 48, 32, 16
 for seed in range(12):
@@ -525,7 +526,7 @@ for seed in range(12):
     mask = Intervals(bounds, runs)
     seen = allowed(mask, n, m, "cpu")[:, 0]
     code = setups.mask_code(mask)
-    found = tile_lists.key_tiles(code, Tile(BM, BN, 4, 1), ROWS, n, m)[:, 0]
+    found = tile_lists.key_tiles(Steps(kept=False), code, Tile(BM, BN, 4, 1), ROWS, n, m)[:, 0]
     assert found.shape == (2, -(-n // BM), 4)
     for b, t in torch.cartesian_prod(torch.arange(2), torch.arange(found.shape[1])).tolist():
         rows = seen[b, t * BM : (t + 1) * BM]

@@ -6,6 +6,7 @@ they do under full and causal masks only: else another kernel gives the gradient
 that are computed twice.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from flashpatch_kernels.hopper.key_gradients import key_kernel
 from flashpatch_kernels.hopper.query_gradients import query_kernel
 from flashpatch_kernels.masks import Band
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import launching, setups, terms, tile_lists
+from flashpatch_kernels.triton import launching, plans, setups, terms, tile_lists
 from flashpatch_kernels.triton.stats import Shared, compute_stats
 from flashpatch_kernels.triton.term_gradients import term_gradients
 
@@ -40,25 +41,37 @@ def backward(
     What these kernels do not compute the portable ones do: other head sizes, rows that the copy
     engine cannot read, and the gradient of slopes.
     """
-    q, k, v, out, dout = (setups.readable(t) for t in (q, k, v, out, dout))
-    written = {"q"} & needs | ({"k", "v"} if {"k", "v"} & needs else set())
-    inputs = (q, k, v, dout)
-    grads = {n: torch.empty_like(x) for n, x in zip("qkv", inputs[:3], strict=True) if n in written}
-    call = setups.Setup.of(q, k, v, (out, dout, *grads.values()), options)
-    served = (
-        tuning.crew("dkdv", *call.head_sizes) is not None
-        and call.unit > 1
-        and bool(grads)
-        and "slopes" not in needs
-    )
-    if not served:
-        return portable.backward(dout, dlse, q, k, v, out, lse, options, needs)
-    stats = lse.new_empty(2, *lse.shape)
+    same = torch.are_deterministic_algorithms_enabled()
+    others = lse, dlse, *plans.of_options(options)
+    plan, given = plans.plan_of(joint_kernel, (q, k, v, dout, out), others, options, needs, same)
+    names = [name for name in "qkv" if name in needs]
     with launching.on(q.device):
-        shared = Shared(call, terms.terms_of(call, both=True), inputs, call.strides(*inputs), stats)
+        known = plan.again(*given, *others)
+        if known is not None:
+            return dict(zip(names, known, strict=True))
+        q, k, v, dout, out = given
+        inputs = (q, k, v, dout)
+        written = {"q"} & needs | ({"k", "v"} if {"k", "v"} & needs else set())
+        steps = plan.steps(*given, *others)
+        grads = {
+            name: steps.own(torch.empty_like(x))
+            for name, x in zip("qkv", inputs[:3], strict=True)
+            if name in written
+        }
+        call = setups.Setup.of(q, k, v, (out, dout, *grads.values()), options)
+        served = (
+            tuning.crew("dkdv", *call.head_sizes) is not None
+            and call.unit > 1
+            and bool(grads)
+            and "slopes" not in needs
+        )
+        if not served:
+            return portable.backward(dout, dlse, q, k, v, out, lse, options, needs)
+        stats = steps.own(lse.new_empty(2, *lse.shape))
+        added = terms.terms_of(call, both=True)
+        shared = Shared(call, added, inputs, call.strides(*inputs), stats, steps)
         compute_stats(shared, out, lse.contiguous(), None if dlse is None else dlse.contiguous())
         joint = tuning.crew("dqdkdv", *call.head_sizes) is not None
-        same = torch.are_deterministic_algorithms_enabled()
         if joint and len(grads) == 3 and (not same or has_order(call)):
             launch_joint(shared, grads, in_order=same)
         else:
@@ -66,8 +79,9 @@ def backward(
                 launch_keys(shared, grads, joint)
             if "q" in grads:
                 launch_queries(shared, grads["q"])
-        found = term_gradients(shared, None, needs)
-    return {name: grad for name, grad in grads.items() if name in needs} | found
+        found = {name: grads[name] for name in names} | term_gradients(shared, None, needs)
+        plan.keep(steps, *found.values())
+    return found
 
 
 def has_order(call: setups.Setup) -> bool:
@@ -79,17 +93,25 @@ def has_order(call: setups.Setup) -> bool:
 
 def launch_joint(shared: Shared, grads: dict[str, Tensor], *, in_order: bool) -> None:
     """The gradients of k and v, and that of q out of a sum in memory."""
-    sums = torch.zeros_like(grads["q"], dtype=torch.float32)
+    steps = shared.steps
+    sums = steps.own(torch.empty_like(grads["q"], dtype=torch.float32))
+    steps.do(Tensor.zero_, sums)
     strides = [stride // 4 for stride in setups.strides(sums)]
     counts = None
     if in_order:
         tile, _ = crews.tuned(shared.call, "dqdkdv", in_order=True)
         n_batch, n_heads, _, n_queries, _ = shared.call.sizes
         shape = n_batch, n_heads, setups.cdiv(n_queries, tile.BM) + 1  # see `ordering.count_of`
-        counts = torch.zeros(shape, dtype=torch.int32, device=sums.device)
+        counts = steps.own(torch.empty(shape, dtype=torch.int32, device=sums.device))
+        steps.do(Tensor.zero_, counts)
     outputs = sums, counts, grads["k"], grads["v"]
     launch_key_pass(joint_kernel, "dqdkdv", shared, outputs, strides, in_order=in_order)
-    torch.mul(sums, shared.call.options.scale, out=grads["q"])
+    steps.do(partial(scaled, shared.call.options.scale), sums, grads["q"])
+
+
+def scaled(factor: float, x: Tensor, out: Tensor) -> None:
+    """Writes x times a factor."""
+    torch.mul(x, factor, out=out)
 
 
 def launch_keys(shared: Shared, grads: dict[str, Tensor], joint: bool) -> None:
@@ -119,14 +141,16 @@ def launch_key_pass(
     tile, fixed = crews.tuned(call, name, in_order=in_order)
     n_tiles = setups.cdiv(n_keys, tile.BN)
     terms_of = shared.added.transposed
-    launching.launch(
+    shared.steps.launch(
         kernel,
         crews.programs(call, name, n_tiles * n_batch * (n_heads // group)),
         tile._replace(together=True) if in_order else tile,
         *(*shared.inputs, shared.stats, *outputs),
         *(*shared.strides, *call.strides(*outputs[-2:]), *strides),
         *(*call.sizes, n_tiles, float(call.options.scale), crews.to_log2(call, terms_of)),
-        *call.mask.arguments(tile_lists.query_lists(call.mask, tile, group, n_queries, n_keys)),
+        *call.mask.arguments(
+            tile_lists.query_lists(shared.steps, call.mask, tile, group, n_queries, n_keys)
+        ),
         *(*call.cap, terms_of.pointers, *shared.added.numbers[:8]),
         *(call.mask.rows, call.mask.seen, call.mask.queries, call.mask.has_runs),
         *(terms_of.opens, terms_of.adds, terms_of.code, fixed),
@@ -140,14 +164,16 @@ def launch_queries(shared: Shared, dq: Tensor) -> None:
     tile, fixed = crews.tuned(call, "dq")
     n_tiles = setups.cdiv(n_queries, tile.BM)
     terms_of = shared.added.straight
-    launching.launch(
+    shared.steps.launch(
         query_kernel,
         crews.programs(call, "dq", n_tiles * n_batch * n_heads),
         tile,
         *(*shared.inputs, shared.stats, dq),
         *(*shared.strides, *call.strides(dq)),
         *(*call.sizes, n_tiles, float(call.options.scale), crews.to_log2(call, terms_of)),
-        *call.mask.arguments(tile_lists.key_tiles(call.mask, tile, fixed.R, n_queries, n_keys)),
+        *call.mask.arguments(
+            tile_lists.key_tiles(shared.steps, call.mask, tile, fixed.R, n_queries, n_keys)
+        ),
         *(*call.cap, terms_of.pointers, *shared.added.numbers[:8]),
         *(call.mask.rows, call.mask.seen, crews.keys_of(call.mask), call.mask.has_runs),
         *(terms_of.opens, terms_of.adds, terms_of.code, fixed),

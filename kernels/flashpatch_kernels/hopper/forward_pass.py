@@ -47,7 +47,7 @@ from flashpatch_kernels.hopper.scheduling import (
     turns,
 )
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import launching, plans, scores, setups, terms, tile_lists
+from flashpatch_kernels.triton import launching, memory, plans, scores, setups, terms, tile_lists
 
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -291,11 +291,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     Returns:
         Output (B, H, N, Dv), laid out as (B, N, H, Dv), and lse, fp32 (B, H, N).
     """
-    plan, q, k, v = plans.plan_of(forward_kernel, q, k, v, options)
+    others = plans.of_options(options)
+    plan, (q, k, v) = plans.plan_of(forward_kernel, (q, k, v), others, options)
     with launching.on(q.device):
-        out, lse = plan.outputs(q, v)
-        if plan.again(q, k, v, out, lse, options.sinks) is not None:
-            return out, lse
+        known = plan.again(q, k, v, *others)
+        if known is not None:
+            return known[0], known[1]
+        steps = plan.steps(q, k, v, *others)
+        out, lse = (steps.own(memory.empty(*x, q.device)) for x in setups.output_layouts(q, v))
         call = setups.Setup.of(q, k, v, (out,), options)
         if call.unit == 1:  # an address that no stride told of
             return portable.forward(q, k, v, options)
@@ -303,7 +306,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
         n_batch, n_heads, _, n_queries, n_keys = call.sizes
         n_tiles = setups.cdiv(n_queries, tile.BM)
         added = terms.terms_of(call, both=False)
-        plan.launch(
+        steps.launch(
             forward_kernel,
             crews.programs(call, "forward", n_tiles * n_batch * n_heads),
             tile,
@@ -311,9 +314,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
             *call.strides(q, k, v, out),
             *(*call.sizes, n_tiles),
             crews.to_log2(call, added.straight),
-            *call.mask.arguments(tile_lists.key_tiles(call.mask, tile, fixed.R, n_queries, n_keys)),
+            *call.mask.arguments(
+                tile_lists.key_tiles(steps, call.mask, tile, fixed.R, n_queries, n_keys)
+            ),
             *(*call.cap, options.sinks, added.straight.pointers, *added.numbers[:8]),
             *(call.mask.rows, call.mask.seen, crews.keys_of(call.mask), call.mask.has_runs),
             *(added.straight.opens, added.straight.adds, added.straight.code, fixed),
         )
+        plan.keep(steps, out, lse)
     return out, lse

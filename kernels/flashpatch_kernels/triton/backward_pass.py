@@ -24,6 +24,7 @@ from flashpatch_kernels.options import Options
 from flashpatch_kernels.triton import (
     dropout,
     launching,
+    plans,
     relative,
     scores,
     setups,
@@ -384,16 +385,23 @@ def backward(
     if lse.numel() == 0 or k.shape[2] == 0:
         tensors = {"q": q, "k": k, "v": v, **options.terms}
         return {name: torch.zeros_like(t) for name, t in tensors.items() if name in needs}
-    grads = {n: torch.empty_like(t) for n, t in (("q", q), ("k", k), ("v", v)) if n in needs}
-    written = {name: writable(grad) for name, grad in grads.items()}
-    q, k, v, out, dout = (setups.readable(t) for t in (q, k, v, out, dout))
-    call = setups.Setup.of(q, k, v, (out, dout, *written.values()), options)
+    others = lse, dlse, *plans.of_options(options)
+    plan, given = plans.plan_of(dq_kernel, (q, k, v, dout, out), others, options, needs)
+    like = {name: x for name, x in (("q", q), ("k", k), ("v", v)) if name in needs}
     with launching.on(q.device):
-        lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-        stats = lse.new_empty(2, *lse.shape)
+        known = plan.again(*given, *others)
+        if known is not None:
+            return dict(zip(like, known, strict=True))
+        q, k, v, dout, out = given
         inputs = (q, k, v, dout)
+        steps = plan.steps(*given, *others)
+        grads = {name: steps.own(torch.empty_like(x)) for name, x in like.items()}
+        written = {name: writable(grad) for name, grad in grads.items()}
+        call = setups.Setup.of(q, k, v, (out, dout, *written.values()), options)
+        lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+        stats = steps.own(lse.new_empty(2, *lse.shape))
         added = terms.terms_of(call, both=True)
-        shared = Shared(call, added, inputs, call.strides(*inputs), stats)
+        shared = Shared(call, added, inputs, call.strides(*inputs), stats, steps)
         queries = "q" in needs or "slopes" in needs or ("table" in needs and call.clamped)
         rounded = q.dtype == torch.float32 and bool(needs - {"q", "k", "v"})
         saved = (out, lse)
@@ -406,9 +414,10 @@ def backward(
         for name in call.key_passes(needs):
             compute_dkdv(shared, name, written.get("k"), written.get("v"))
         found = term_gradients(shared, sums, needs) | relative_gradients(shared, needs)
-    for name, grad in grads.items():
-        if written[name] is not grad:
-            grad.copy_(written[name])
+        for name, grad in grads.items():
+            if written[name] is not grad:
+                grad.copy_(written[name])
+        plan.keep(steps, *grads.values(), *found.values())
     return grads | found
 
 
@@ -420,15 +429,15 @@ def writable(grad: Tensor) -> Tensor:
 
 def compute_dkdv(shared: Shared, name: tuning.Pass, dk: Tensor | None, dv: Tensor | None) -> None:
     """Writes dk and dv, or one of them, from q, k, v and dout."""
-    call, added, inputs, strides, stats = shared
+    call, added, inputs, strides, stats, steps = shared
     n_batch, n_heads, group, n_queries, n_keys = call.sizes
     tile, fixed = call.tuned(name)
     # What a pass does not write it does not touch: any tensor may stand in for it.
     dk = inputs[1] if dk is None else dk
     dv = inputs[2] if dv is None else dv
-    lists = tile_lists.query_lists(call.mask, tile, group, n_queries, n_keys)
+    lists = tile_lists.query_lists(steps, call.mask, tile, group, n_queries, n_keys)
     n_tiles = setups.cdiv(n_keys, tile.BN)
-    launching.launch(
+    steps.launch(
         dkdv_kernel,
         n_tiles * n_batch * (n_heads // group),
         tile,
@@ -460,14 +469,14 @@ def compute_dq(
     Returns:
         fp32 [3, B, H, query tiles], as `dq_kernel` says; None if no term wants any.
     """
-    call, added, inputs, strides, stats = shared
+    call, added, inputs, strides, stats, steps = shared
     n_batch, n_heads, group, n_queries, n_keys = call.sizes
     tile, fixed = call.tuned("dq")
     out, lse = (None, None) if saved is None else saved
     n_tiles = setups.cdiv(n_queries, tile.BM)
     of_slopes, of_ends = "slopes" in needs, "table" in needs and call.clamped
     sums = stats.new_empty(3, n_batch, n_heads, n_tiles) if of_slopes or of_ends else None
-    launching.launch(
+    steps.launch(
         dq_kernel,
         n_tiles * n_batch * n_heads,
         tile,

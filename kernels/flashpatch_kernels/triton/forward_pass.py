@@ -21,6 +21,7 @@ from flashpatch_kernels.options import Options
 from flashpatch_kernels.triton import (
     dropout,
     launching,
+    memory,
     plans,
     relative,
     scores,
@@ -160,11 +161,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     Returns:
         Output (B, H, N, Dv), laid out as (B, N, H, Dv), and lse, fp32 (B, H, N).
     """
-    plan, q, k, v = plans.plan_of(forward_kernel, q, k, v, options)
+    others = plans.of_options(options)
+    plan, (q, k, v) = plans.plan_of(forward_kernel, (q, k, v), others, options)
     with launching.on(q.device):
-        out, lse = plan.outputs(q, v)
-        if plan.again(q, k, v, out, lse, options.sinks) is not None:
-            return out, lse
+        known = plan.again(q, k, v, *others)
+        if known is not None:
+            return known[0], known[1]
+        steps = plan.steps(q, k, v, *others)
+        out, lse = (steps.own(memory.empty(*x, q.device)) for x in setups.output_layouts(q, v))
         if lse.numel() == 0:
             return out, lse
         if k.shape[2] == 0:
@@ -174,7 +178,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
         n_batch, n_heads, group, n_queries, n_keys = call.sizes
         n_tiles = setups.cdiv(n_queries, tile.BM)
         added = terms.terms_of(call, both=False)
-        plan.launch(
+        steps.launch(
             forward_kernel,
             n_tiles * n_batch * n_heads,
             tile,
@@ -188,4 +192,5 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
             *(call.mask.rows, call.mask.seen, call.mask.keys, call.mask.at, call.mask.has_runs),
             *(*added.straight.functions, fixed),
         )
+        plan.keep(steps, out, lse)
     return out, lse

@@ -1,23 +1,103 @@
-"""Launches that alike calls share: calls that differ in nothing but their tensors' memory.
+"""What alike calls share: calls that differ in nothing but their tensors' memory.
 
-What a kernel is launched with follows from shapes, strides and options, and finding it takes longer
-than anything else. So the first of alike calls leaves it here, and the others only bring addresses.
+What a call allocates and launches follows from shapes, strides and options, and finding it takes
+longer than anything else. So the first of alike calls leaves its steps here, and the others take
+them with their own tensors, by addresses.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from flashpatch_kernels.masks import Band
+from flashpatch_kernels.masks import Band, Boolean, Intervals
 from flashpatch_kernels.options import Options
 from flashpatch_kernels.triton import launching, memory, setups
 from flashpatch_kernels.triton.relaunching import Launch
 from flashpatch_kernels.tuning import Tile
 
 
+class Steps:
+    """What a call does with its tensors and with memory of its own, done as it is told.
+
+    A tensor is known by its place: first come those that the call is given, then its own memory, in
+    the order in which it was told of.
+
+    Args:
+        tensors: What the call is given, None for each tensor that it has not.
+        kept: Whether it is also written down.
+    """
+
+    def __init__(self, *tensors: Tensor | None, kept: bool) -> None:
+        self._kept = kept
+        self._tensors = list(tensors)
+        self.layouts: list[setups.Layout] = []
+        self.done: list[tuple[Callable[..., Any], list[int]]] = []
+        # What is given twice has no place of its own.
+        given = [id(x) for x in tensors if x is not None]
+        self.repeatable = kept and len(set(given)) == len(given)
+
+    def own(self, x: Tensor) -> Tensor:
+        """The tensor, which the call has just allocated."""
+        if self._kept:
+            self._tensors.append(x)
+            self.layouts.append(setups.Layout(tuple(x.shape), x.stride(), x.dtype))
+        return x
+
+    def do(self, function: Callable[..., Any], *tensors: Tensor) -> None:
+        """Has a function work on tensors."""
+        function(*tensors)
+        if self._kept:
+            self.done.append((function, self.places(tensors)))
+
+    def launch(self, kernel: Any, n_programs: int, tile: Tile, *arguments: Any) -> None:
+        """Makes a launch, as `launching.launch` does."""
+        compiled = launching.launch(kernel, n_programs, tile, *arguments)
+        if compiled is None:
+            self.repeatable = False
+        elif self._kept:
+            tensors = [x for x in arguments if isinstance(x, Tensor)]
+            make = Launch(compiled, n_programs, tile, arguments).make
+            self.done.append((make, self.places(tensors)))
+
+    def places(self, tensors: Iterable[Tensor]) -> list[int]:
+        """Where tensors stand; the steps cannot be taken again if one stands nowhere."""
+        found = []
+        for x in tensors:
+            at = next((at for at, known in enumerate(self._tensors) if known is x), None)
+            if at is None:
+                self.repeatable = False
+            else:
+                found.append(at)
+        return found
+
+
+Pick = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+class Again(NamedTuple):
+    """Steps without tensors.
+
+    Attributes:
+        layouts: Of the memory that they allocate.
+        done: What is done, and what picks the tensors for it out of all.
+        results: Picks what the call gives.
+    """
+
+    layouts: list[setups.Layout]
+    done: list[tuple[Callable[..., Any], Pick]]
+    results: Pick
+
+
+def pick(places: list[int]) -> Pick:
+    """What gives the tensors in these places, in the quickest way that there is."""
+    return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
+
+
 class Plan:
-    """A launch, with all its arguments but the tensors; empty until the first of alike calls.
+    """The steps of alike calls; empty until the first of them.
 
     Attributes:
         kept: Whether other calls will have it; if not it stays empty.
@@ -25,70 +105,84 @@ class Plan:
 
     def __init__(self, *, kept: bool) -> None:
         self.kept = kept
-        self._launch: Launch | None = None
-        self._outputs: tuple[setups.Layout, setups.Layout] | None = None
+        self._again: Again | None = None
 
-    def outputs(self, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Memory for output and lse, on the tensors' device; a card must be the current one."""
-        if self._outputs is None:
-            self._outputs = setups.output_layouts(q, v)
-        out, lse = self._outputs
-        return memory.empty(*out, q.device), memory.empty(*lse, q.device)
+    def steps(self, *tensors: Tensor | None) -> Steps:
+        """What a call on these tensors tells its steps to."""
+        return Steps(*tensors, kept=self.kept)
 
-    def launch(self, kernel: Any, n_programs: int, tile: Tile, *arguments: Any) -> None:
-        """Makes a launch, as `launching.launch` does, and keeps it."""
-        compiled = launching.launch(kernel, n_programs, tile, *arguments)
-        if compiled is not None and self.kept:
-            self._launch = Launch(compiled, n_programs, tile, arguments)
+    def keep(self, steps: Steps, *results: Tensor) -> None:
+        """Keeps the steps of a call that gives these tensors, for those that are alike."""
+        places = steps.places(results)
+        if steps.repeatable:
+            done = [(function, pick(at)) for function, at in steps.done]
+            self._again = Again(steps.layouts, done, pick(places))
 
-    def again(self, *tensors: Tensor | None) -> Any:
-        """Makes the launch that was kept, if there is one, with other tensors.
+    def again(self, *tensors: Tensor | None) -> Sequence[Tensor] | None:
+        """Takes the steps that were kept, if there are any, with other tensors.
 
-        Args:
-            tensors: In the order of the arguments, None for each that such a call has not.
+        The first of them is on the device of all, which if it is a card is the current one.
 
         Returns:
-            What was compiled for it; None if there is none.
+            What the call gives; None if there are no steps.
         """
-        if self._launch is None:
+        if self._again is None:
             return None
-        self._launch.make(*tensors)
-        return self._launch.compiled
+        layouts, done, results = self._again
+        device = tensors[0].device  # pyright: ignore[reportOptionalMemberAccess]
+        known = [*tensors, *[memory.empty(*layout, device) for layout in layouts]]
+        for function, given in done:
+            function(*given(known))
+        return results(known)
 
 
 def plan_of(
-    kernel: Any, q: Tensor, k: Tensor, v: Tensor, options: Options
-) -> tuple[Plan, Tensor, Tensor, Tensor]:
-    """The plan that alike calls of a kernel share, and q, k and v as kernels can read them."""
-    plan = _plan_of(kernel, q, k, v, options)
-    if not plan.kept:  # perhaps because of rows that are not read as they are
-        q, k, v = setups.readable(q), setups.readable(k), setups.readable(v)
-        plan = _plan_of(kernel, q, k, v, options)
-    return plan, q, k, v
+    function: Any,
+    tensors: tuple[Tensor, ...],
+    others: tuple[Tensor | None, ...],
+    options: Options,
+    *alike: Any,
+) -> tuple[Plan, tuple[Tensor, ...]]:
+    """The plan that alike calls of a function share, and their tensors as kernels can read them.
 
+    Shared are those without terms but sinks, but for Booleans, of tensors that are read as they
+    are. The tensors that such a call makes follow from those that it is given, and lie at multiples
+    of 16 bytes, as all that torch allocates.
 
-def _plan_of(kernel: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Plan:
-    """The plan that alike calls share; one of its own for a call that shares none.
-
-    Shared are those under a Band and without terms but sinks, of tensors that are read as they are.
-    The tensors that such a call makes follow from those that it is given, and lie at multiples of
-    16 bytes, as all that torch allocates.
+    Args:
+        tensors: [B, H, N, D], which kernels read in rows.
+        others: What else the call is given, None for what it is not; with `of_options`.
+        alike: What else decides about its steps.
     """
-    o, mask, sinks = options, options.mask, options.sinks
+    o, mask = options, options.mask
     relative = o.relative_queries or o.relative_keys or o.relative_values
     bare = o.table is o.slopes is o.bias is o.score is relative is None and not o.dropout
-    if not bare or not isinstance(mask, Band):
-        return Plan(kept=False)
-    return shared(
-        (_layout(q), _layout(k), _layout(v)),
-        None if sinks is None else _layout(sinks),
-        *(id(kernel), q.device, setups.precision(q.dtype)),
-        *(mask.left, mask.right, mask.offset, o.scale, o.softcap),
+    if not bare or isinstance(mask, Boolean):
+        return Plan(kept=False), tuple(map(setups.readable, tensors))
+    band = (mask.left, mask.right, mask.offset) if isinstance(mask, Band) else None
+    same = (
+        *[None if x is None else _layout(x) for x in others],
+        *(id(function), tensors[0].device, setups.precision(tensors[0].dtype)),
+        *(band, o.scale, o.softcap, *alike),
     )
+    given = tuple([_layout(x) for x in tensors])
+    plan = shared(given, same)
+    if not plan.kept:  # perhaps because of rows that are not read as they are
+        tensors = tuple(map(setups.readable, tensors))
+        plan = shared(tuple(map(_layout, tensors)), (*same, given))
+    return plan, tensors
+
+
+def of_options(options: Options) -> tuple[Tensor | None, ...]:
+    """The tensors of the options of a call that shares a plan."""
+    mask = options.mask
+    if isinstance(mask, Intervals):
+        return options.sinks, mask.bounds, mask.runs
+    return (options.sinks,)
 
 
 @lru_cache(1024)
-def shared(given: tuple[tuple[Any, ...], ...], *alike: Any) -> Plan:
+def shared(given: tuple[tuple[Any, ...], ...], same: tuple[Any, ...]) -> Plan:
     """One plan for all calls that are alike in this; those longest unused are forgotten."""
     return Plan(kept=all(setups.rows_readable(stride) for _, stride, *_ in given))
 

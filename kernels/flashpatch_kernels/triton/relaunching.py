@@ -32,19 +32,21 @@ class Launch:
         self._given = given(compiled, n_programs)
         self._stream_of = triton.runtime.driver.active.get_current_stream
 
-    def make(self, *tensors: Tensor | None) -> None:
+    def make(self, *tensors: Tensor) -> None:
         """Makes it on the current stream of the tensors' device, which is the current one.
 
         Args:
-            tensors: In the order of the arguments, None for each that such a call has not.
+            tensors: In the order of the arguments.
         """
-        if self._given is None or launching.watched():
-            arguments = self._with([x for x in tensors if x is not None])
+        by_addresses = self._given is not None and not launching.watched()
+        arguments = self._rest.copy()
+        for at, x in zip(self._places, tensors, strict=True):
+            arguments[at] = x.data_ptr() if by_addresses else x
+        if not by_addresses:
             launching.start(self.compiled, *self._grid_and_tile, arguments)
             return
         function, before, stream_at, scratch_at, scratch_bytes, flat = self._given
-        arguments = self._with([x.data_ptr() for x in tensors if x is not None])
-        device = tensors[0].device  # pyright: ignore[reportOptionalMemberAccess]
+        device = tensors[0].device
         before = before.copy()
         before[stream_at] = self._stream_of(device.index)
         if scratch_at is not None:
@@ -55,13 +57,6 @@ class Launch:
             function(*before, *arguments)
         else:
             function(*before, arguments)
-
-    def _with(self, tensors: list[Any]) -> list[Any]:
-        """All arguments, with these in the tensors' places."""
-        arguments = self._rest.copy()
-        for at, x in zip(self._places, tensors, strict=True):
-            arguments[at] = x
-        return arguments
 
 
 class Given(NamedTuple):

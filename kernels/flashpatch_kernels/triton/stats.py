@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashpatch_kernels.triton import launching, setups, tiles
+from flashpatch_kernels.triton import setups, tiles
 from flashpatch_kernels.triton.compiling import kernel
+from flashpatch_kernels.triton.plans import Steps
 from flashpatch_kernels.triton.terms import Terms
 from flashpatch_kernels.triton.tiles import LOG2E
 
@@ -79,6 +80,7 @@ class Shared(NamedTuple):
         strides: Theirs, as `Setup.strides` gives them.
         stats: Base-2 lse and delta of every query, fp32 [2, B, H, N]; or [3, B, H, N], see
             `row_sums`.
+        steps: What launches are made by.
     """
 
     call: setups.Setup
@@ -86,6 +88,7 @@ class Shared(NamedTuple):
     inputs: tuple[Tensor, Tensor, Tensor, Tensor]
     strides: list[int]
     stats: Tensor
+    steps: Steps
 
 
 def compute_stats(shared: Shared, out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
@@ -93,7 +96,7 @@ def compute_stats(shared: Shared, out: Tensor, lse: Tensor, dlse: Tensor | None)
     call, stats, dout = shared.call, shared.stats, shared.inputs[3]
     n_batch, n_heads, _, n_queries, _ = call.sizes
     tile, fixed = call.tuned("stats")
-    launching.launch(
+    shared.steps.launch(
         stats_kernel,
         setups.cdiv(n_queries, tile.BM) * n_batch * n_heads,
         tile,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashpatch_kernels.triton import dropout, launching, relative, scores, tiles
+from flashpatch_kernels.triton import dropout, relative, scores, tiles
 from flashpatch_kernels.triton.compiling import kernel
 from flashpatch_kernels.triton.stats import Shared, load_stats
 
@@ -268,9 +268,9 @@ def sums_kernel(
 
 def sum_ds(shared: Shared, out: Tensor, walk: Walk) -> None:
     """Launches `sums_kernel` on one walk."""
-    call, added, inputs, strides, stats = shared
+    call, added, inputs, strides, stats, steps = shared
     tile, fixed = call.tuned("sums")
-    launching.launch(
+    steps.launch(
         sums_kernel,
         walk.n_programs,
         tile,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashpatch_kernels.masks import Band
-from flashpatch_kernels.triton import launching, setups
+from flashpatch_kernels.triton import setups
 from flashpatch_kernels.triton.compiling import kernel
 from flashpatch_kernels.triton.stats import Shared
 from flashpatch_kernels.triton.sums import Walk, sum_ds
@@ -275,7 +275,7 @@ def table_gradient(shared: Shared, table: Tensor, ends: Tensor | None) -> Tensor
         # On a diagonal the table, the first of the terms, is the same in every tile.
         sum_ds(shared, sums, Walk(*functions, 0, numbers, n_heads * n_diagonals * n_chunks))
     width = 128
-    launching.launch(
+    shared.steps.launch(
         entries_kernel,
         n_heads * setups.cdiv(entries, width),
         Tile(tile.BM, tile.BN, 4, 1),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flashpatch_kernels.triton import launching, setups, tile_masks
+from flashpatch_kernels.triton.plans import Steps
 from flashpatch_kernels.tuning import Tile
 
 
@@ -18,7 +19,7 @@ def key_lists(mask: setups.MaskCode, tile: Tile, n_queries: int, n_keys: int) ->
 
 
 def key_tiles(
-    mask: setups.MaskCode, tile: Tile, rows: int, n_queries: int, n_keys: int
+    steps: Steps, mask: setups.MaskCode, tile: Tile, rows: int, n_queries: int, n_keys: int
 ) -> Tensor | None:
     """The key tiles of every query tile under Intervals, for programs that stay for many.
 
@@ -32,8 +33,8 @@ def key_tiles(
         return None
     runs, runs_batch = mask.runs
     n_tiles = setups.cdiv(n_queries, tile.BM)
-    found = bounds.new_empty(mask.n_masks[0], 1, n_tiles, 4)
-    launching.launch(
+    found = steps.own(bounds.new_empty(mask.n_masks[0], 1, n_tiles, 4))
+    steps.launch(
         tile_masks.key_tiles_kernel,
         mask.n_masks[0] * n_tiles,
         Tile(tile.BM, tile.BN, 4, 1),
@@ -44,7 +45,7 @@ def key_tiles(
 
 
 def query_lists(
-    mask: setups.MaskCode, tile: Tile, group: int, n_queries: int, n_keys: int
+    steps: Steps, mask: setups.MaskCode, tile: Tile, group: int, n_queries: int, n_keys: int
 ) -> Tensor | None:
     """The query tiles of every key tile, where a mask needs lists of them.
 
@@ -63,8 +64,8 @@ def query_lists(
         return None
     runs, runs_batch = mask.runs
     n_key_tiles = setups.cdiv(n_keys, tile.BN)
-    seen = bounds.new_empty(mask.n_masks[0], 1, n_key_tiles, 4)
-    launching.launch(
+    seen = steps.own(bounds.new_empty(mask.n_masks[0], 1, n_key_tiles, 4))
+    steps.launch(
         tile_masks.query_tiles_kernel,
         mask.n_masks[0] * n_key_tiles,
         Tile(tile.BM, tile.BN, 4, 1),
