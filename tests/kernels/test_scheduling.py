@@ -28,7 +28,8 @@ class Call(NamedTuple):
     group: int
     n_queries: int
     n_keys: int
-    reach: int | None  # where the mask is causal: query x sees the keys up to x + reach
+    reach: int | None  # if not all keys, query x sees those up to x + reach,
+    left: int | None  # and if not all of these, those from x - left on
     programs: int
     in_order: bool = False
 
@@ -38,7 +39,7 @@ class Call(NamedTuple):
 
     @property
     def constants(self):
-        causal = self.reach is not None
+        causal = self.reach is not None and self.left is None
         alone = self.group == 1
         paced = causal and not (alone or self.in_order)
         return SimpleNamespace(BM=BM, BN=BN, PAIRED=causal, ALONE=alone, PACED=paced)
@@ -47,7 +48,10 @@ class Call(NamedTuple):
         """First of the tiles of queries that see a tile of keys, and how many steps they are."""
         m = -(-self.n_queries // BM)
         first = 0 if self.reach is None else min(max(tile * BN - self.reach, 0) // BM, m)
-        return first, max(m - first, 1)
+        end = self.n_queries
+        if self.left is not None:
+            end = min(end, min((tile + 1) * BN, self.n_keys) + self.left)
+        return first, max(-(-end // BM) - first, 0)
 
 
 class Step(NamedTuple):
@@ -87,12 +91,14 @@ def steps_of(call, seat):
     for turn in range(device.turns(call.n_tiles, call.batch * call.kv_heads, C.PAIRED)):
         tile, bh, b, g = device.place(turn, call.n_tiles, call.batch, call.kv_heads, C.PAIRED)
         assert bh == b * call.kv_heads + g
-        first, n = call.met(tile)
-        begin = device.course(tile, call.n_tiles, n, call.group, C)
+        first, met = call.met(tile)
+        n = max(met, 1)
+        begin = device.course(tile, call.n_tiles, first, n, call.group, C)
         for y in range(n * call.group):
             head, x = device.step_place(y, begin, g * call.group, n, C)
             assert 0 <= x < n
-            steps.append(Step(tile, turn, bh, (b, head), first + x))
+            i = first + x if met else call.n_queries
+            steps.append(Step(tile, turn, bh, (b, head), i))
     return steps, device
 
 
@@ -100,11 +106,14 @@ def steps_of(call, seat):
 def calls(draw):
     n_queries, n_keys = draw(st.integers(1, 2000)), draw(st.integers(1, 2000))
     reach = st.one_of(st.none(), st.just(0), st.just(n_keys - n_queries), st.integers(-2100, 2100))
+    reached = draw(reach)
+    window = st.one_of(st.none(), st.integers(-300, 2100))
+    left = None if reached is None else draw(window)
     return Call(
         draw(st.integers(1, 3)),
         draw(st.integers(1, 4)),
         draw(st.sampled_from([1, 2, 3, 4])),
-        *(n_queries, n_keys, draw(reach)),
+        *(n_queries, n_keys, reached, left),
         draw(st.sampled_from([1, 5, 13, MULTIPROCESSORS])),
     )
 
@@ -121,14 +130,18 @@ def test_programs_take_every_step_once(call):
         for step in steps_of(call, seat)[0]
     )
     assert set(taken.values()) == {1}
-    met = sum(call.met(tile)[1] for tile in range(call.n_tiles))
+    met = sum(max(call.met(tile)[1], 1) for tile in range(call.n_tiles))
     assert len(taken) == met * call.group * call.kv_heads * call.batch
+
+
+def far(bound):
+    return 2**30 if bound is None else bound
 
 
 def ranks(call):
     """Of every program the tiles that it adds to, each with how many come before."""
     found = []
-    mask = None, call.reach or 0, 0
+    mask = far(call.left), far(call.reach), 0
     for seat in range(call.programs):
         steps, device = steps_of(call, seat)
         found.append([])
@@ -170,10 +183,10 @@ def test_programs_add_to_a_tile_one_after_another_and_all_come_to_their_end(call
     for steps in programs:
         for tile, rank in steps:
             seen.setdefault(tile, []).append(rank)
-    firsts = [call.met(tile)[0] for tile in range(call.n_tiles)]
+    met = [call.met(tile) for tile in range(call.n_tiles)]
     for (*_, i), found in seen.items():
         if i * BM < call.n_queries:
-            assert sorted(found) == list(range(sum(first <= i for first in firsts)))
+            assert sorted(found) == list(range(sum(t <= i < t + n for t, n in met)))
         else:  # steps of keys that no query sees wait for nobody
             assert not any(found)
     time_of(programs, lag=1.0)
@@ -182,16 +195,26 @@ def test_programs_add_to_a_tile_one_after_another_and_all_come_to_their_end(call
 @pytest.mark.parametrize(("group", "reach"), [(1, None), (4, None), (1, 0), (4, 0)])
 def test_programs_that_keep_step_do_not_wait_for_each_other(group, reach):
     """Even if the next hears of an addition almost two steps after it."""
-    programs = ranks(Call(2, 16 // group, group, 4096, 4096, reach, MULTIPROCESSORS, True))
+    programs = ranks(Call(2, 16 // group, group, 4096, 4096, reach, None, MULTIPROCESSORS, True))
     longest = max(map(len, programs))
     assert time_of(programs, lag=1.9) == longest
     assert time_of(programs, lag=1.5, jitter=0.2) < 1.02 * longest
 
 
+@pytest.mark.parametrize(
+    ("reach", "left", "most"), [(0, 1000, 1.1), (99, 500, 1.1), (0, 2048, 1.3)]
+)
+@pytest.mark.parametrize("group", [1, 4])
+def test_programs_under_windows_wait_less_than_two_kernels_take(group, reach, left, most):
+    """Those at an end of the keys meet fewer tiles of queries, and are out of step."""
+    programs = ranks(Call(2, 16 // group, group, 4096, 4096, reach, left, MULTIPROCESSORS, True))
+    assert time_of(programs, lag=1.9) < most * max(map(len, programs))
+
+
 @pytest.mark.parametrize("n_keys", [2048, 8192])
 def test_causal_programs_of_one_head_never_meet(n_keys):
     """In no step do two of them add to the same tile of queries."""
-    call = Call(1, 1, 1, n_keys, n_keys, 0, n_keys // BN // 2)
+    call = Call(1, 1, 1, n_keys, n_keys, 0, None, n_keys // BN // 2)
     programs = [steps_of(call, seat)[0] for seat in range(call.programs)]
     assert len({len(steps) for steps in programs}) == 1
     for at in zip(*programs, strict=True):

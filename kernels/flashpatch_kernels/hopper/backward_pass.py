@@ -2,8 +2,8 @@
 
 One kernel gives those of k and v, and adds up that of q in memory. Additions take as long as
 products where heads are wide, and come in no fixed order unless programs wait for each other, which
-they do under full and causal masks only: else another kernel gives the gradient of q, from products
-that are computed twice.
+they do under full and causal masks and narrow windows only: else another kernel gives the gradient
+of q, from products that are computed twice.
 """
 
 from functools import partial
@@ -85,10 +85,16 @@ def backward(
 
 
 def has_order(call: setups.Setup) -> bool:
-    """Whether programs that add to dQ have an order in which they hardly wait, see `ordering`."""
+    """Whether programs that add to dQ have an order in which they hardly wait, see `ordering`.
+
+    Under windows that are wide for the keys, those at an end of the keys are far out of step.
+    """
     mask, (*_, n_queries, n_keys) = call.options.mask, call.sizes
-    full_or_causal = isinstance(mask, Band) and mask.left is None
-    return full_or_causal and n_queries >= n_keys
+    if not isinstance(mask, Band) or n_queries < n_keys:
+        return False
+    if mask.left is None:
+        return True
+    return mask.right is not None and 2 * (mask.left + mask.right) <= n_keys
 
 
 def launch_joint(shared: Shared, grads: dict[str, Tensor], *, in_order: bool) -> None:

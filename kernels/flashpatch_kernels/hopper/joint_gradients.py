@@ -120,7 +120,7 @@ def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
         t0, _, _, t3 = QUERIES(mask, batch, g, start, n_queries, n_keys, C.BM, C.BN)
         n = gl.maximum(t3 - t0, 1)
         steps = n * group
-        begin = course(tile, n_tiles, n, group, C)
+        begin = course(tile, n_tiles, t0, n, group, C)
         head, x = step_place(0, begin, g * group, n, C)
         row = (t0 + x) * C.BM
         # Read before they are needed, because it takes its time.
@@ -208,13 +208,15 @@ def addends(turn, sizes, mask, n_tiles, QUERIES: gl.constexpr, C: gl.constexpr):
 
     Returns:
         The tile of keys, and its head as `place` has it; the first of the tiles of queries that it
-        meets, how many of each head, at least one, and where among them it begins.
+        meets, how many of each head, at least one, and where among them it begins; and the first as
+        it is counted: keys that no query sees have a step all the same, for a tile beyond the last.
     """
     n_batch, n_heads, group, n_queries, n_keys = sizes
     tile, bh, batch, g = place(turn, n_tiles, n_batch, n_heads // group, C.PAIRED)
     t0, _, _, t3 = QUERIES(mask, batch, g, tile * C.BN, n_queries, n_keys, C.BM, C.BN)
     n = gl.maximum(t3 - t0, 1)
-    return tile, bh, batch, g, t0, n, course(tile, n_tiles, n, group, C)
+    counted = gl.where(t3 > t0, t0, gl.cdiv(n_queries, C.BM))
+    return tile, bh, batch, g, t0, n, course(tile, n_tiles, t0, n, group, C), counted
 
 
 @jit
@@ -226,15 +228,15 @@ def add(given, QUERIES: gl.constexpr, C: gl.constexpr):
     dq = matrix(DQ, dq_strides, n_batch, n_heads, n_queries, C.SIZE, C.BM, C.D)
     done = 0
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
-        tile, bh, batch, g, t0, n, begin = addends(turn, sizes, mask, n_tiles, QUERIES, C)
+        tile, bh, batch, g, t0, n, begin, counted = addends(turn, sizes, mask, n_tiles, QUERIES, C)
         for y in range(n * group):
             head, x = step_place(y, begin, g * group, n, C)
-            i, number = t0 + x, done + y
+            i, number = counted + x, done + y
             if len(counts) > 0:
                 before = rank(i, turn, tile, bh, n_tiles, n_queries, mask, C)
                 await_count(count_of(counts[0], batch * n_heads + head, i, n_queries, C), before)
             take(sums, number, 1)
-            tma_add(dq, [batch, head, i * C.BM, 0], sums[0].index(0))
+            tma_add(dq, [batch, head, (t0 + x) * C.BM, 0], sums[0].index(0))
             if len(counts) > 0:
                 await_additions()
                 tell_full(added, number, 1)
@@ -252,10 +254,10 @@ def count(given, QUERIES: gl.constexpr, C: gl.constexpr):
     kv_heads = n_heads // group
     done = 0
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
-        _, _, batch, g, t0, n, begin = addends(turn, sizes, mask, n_tiles, QUERIES, C)
+        _, _, batch, g, _, n, begin, counted = addends(turn, sizes, mask, n_tiles, QUERIES, C)
         for y in range(n * group):
             head, x = step_place(y, begin, g * group, n, C)
-            at = count_of(counts[0], batch * n_heads + head, t0 + x, n_queries, C)
+            at = count_of(counts[0], batch * n_heads + head, counted + x, n_queries, C)
             take(added, done + y, 1)
             leave(added, done + y, 1)
             count_one(at)
@@ -355,7 +357,7 @@ def consume(
         n = met * group
         rings = (queries, douts, keys, values, dss, lse, minus_delta)
         where = (sizes, t1, t2, always, batch)
-        begin = course(tile, n_tiles, met, group, C)
+        begin = course(tile, n_tiles, t0, met, group, C)
         for y in range(n):
             head, x = step_place(y, begin, g * group, met, C)
             dk, dv = consume_step(

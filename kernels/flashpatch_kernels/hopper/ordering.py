@@ -4,8 +4,8 @@ A count of each tile of queries tells how many programs have added to it; one th
 waits. Programs of one head run at the same time and keep step, so that an order costs little where
 it is the one in which they come by themselves, on the courses of `scheduling.course`: to a tile of
 queries at least two steps after each other.
-* Where every query sees every key, the t-th tile of keys begins with the 2t-th tile of queries, and
-  goes round about.
+* Where every query sees every key, or those of a window, the t-th tile of keys begins with the
+  2t-th tile of queries, and goes round about.
 * Where queries see what is before them, the later tile of a pair goes on from the first query that
   sees its keys; then the earlier one goes on from there, and back from there to its own first.
 What comes in an earlier turn comes before.
@@ -41,7 +41,9 @@ def rank(i, turn, tile, bh, n, n_queries, mask, C: gl.constexpr):
     """
     gl.static_assert(C.BN == 2 * C.BM)
     programs = gl.num_programs(0)
-    reach = mask[1] + mask[2]  # query x sees the keys up to x + reach
+    left, right, offset = mask[0], mask[1], mask[2]
+    # The i-th tile of queries sees tiles of keys up to `met`, this one not included.
+    met = between(gl.cdiv((i + 1) * C.BM + offset + right, C.BN), n)
     if C.PAIRED:
         half = n // 2
         p = gl.minimum(tile, n - 1 - tile)
@@ -49,19 +51,19 @@ def rank(i, turn, tile, bh, n, n_queries, mask, C: gl.constexpr):
         before = turn // 2 * programs - bh * half
         first = gl.where(p == half, half, between(before, half))
         end = between(before + programs, half)
-        # Of later tiles those from the `lacking`-th pair on are added, of earlier ones up to `met`.
-        met = between(gl.cdiv((i + 1) * C.BM + reach, C.BN), n)
+        # Of later tiles those from the `lacking`-th pair on are added.
         lacking = n - met
         later = gl.where(tile > p, p, end) - gl.maximum(first, lacking)
         earlier = gl.where(tile > p, 0, p - first)
         of_turn = gl.maximum(later, 0) + earlier
         found = gl.maximum(first - lacking, 0) + gl.minimum(first, met) + of_turn
     else:
+        since = gl.maximum(i * C.BM + offset - left, 0) // C.BN
         before = turn * programs - bh * n
-        first, end = between(before, n), between(before + programs, n)
+        first = gl.minimum(gl.maximum(before, since), met)
+        end = gl.minimum(gl.maximum(before + programs, since), met)
         begun = gl.minimum(gl.maximum(i // 2 + 1, first), end)
-        found = begun - (tile + 1) + gl.where(2 * tile > i, end, first)
-    # Keys that no query sees have a step all the same, for a tile beyond the last.
+        found = begun - since - (tile + 1) + gl.where(2 * tile > i, end, first)
     return gl.where(i * C.BM < n_queries, found, 0)
 
 

@@ -58,8 +58,8 @@ def edges_first(x, t0, t1, t2, t3):
 
 
 @jit
-def course(tile, n_tiles, n, group, C: gl.constexpr):
-    """Where among n tiles of queries the steps of a tile of keys begin, see `step_place`.
+def course(tile, n_tiles, t0, n, group, C: gl.constexpr):
+    """Where among n tiles of queries from t0 on a tile of keys begins its steps, see `step_place`.
 
     Two tiles of queries further than for the tile of keys before, as far as its keys are; where
     tiles come in pairs, at those which the later of them have as well. So programs that keep step
@@ -69,7 +69,7 @@ def course(tile, n_tiles, n, group, C: gl.constexpr):
     """
     half = n_tiles // 2
     if not C.PAIRED:
-        return 2 * tile % n
+        return (gl.maximum(2 * tile, t0) - t0) % n
     elif C.PACED:
         pace = (group - 1) | 1  # an odd number, so that no two come to a tile in the same step
         earlier, later = pace * tile % n, (pace + 2) * (n_tiles - 1 - tile) % n
