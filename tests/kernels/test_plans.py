@@ -1,5 +1,6 @@
 """What alike calls share, and what makes calls differ, with launches that are only written down."""
 
+import math
 import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -479,10 +480,31 @@ def test_backward_passes_in_an_order_and_in_none_share_nothing(launches, request
 
 
 @ENGINES
-def test_a_gradient_that_torch_computes_is_not_kept(launches, engine):
-    needs = frozenset(("q", "sinks"))
+@pytest.mark.parametrize("needs", [("q", "sinks"), ("q", "k", "v", "sinks"), ("sinks",)], ids=str)
+@pytest.mark.usefixtures("unwritten")
+def test_gradients_of_sinks_are_computed_each_time(launches, engine, needs):
+    """From statistics that the launches, which are only written down, leave as they are: 7."""
+    one = backward()._replace(needs=frozenset(needs))
+    one.run(engine, sinks=torch.randn(4))
+    sinks = torch.randn(4)
+    grads = one.run(engine, sinks=sinks)
+    expected = -7 * 2 * 300 * torch.exp2(sinks / math.log(2) - 7)
+    torch.testing.assert_close(grads["sinks"], expected)
+    assert grads.keys() == set(needs)
+    assert launches[-1].again
+
+
+@ENGINES
+def test_a_backward_pass_for_nothing_gives_nothing(launches, engine):
+    one = backward()._replace(needs=frozenset())
+    assert [one.run(engine) for _ in range(2)] == [{}, {}]
+
+
+def test_a_gradient_in_memory_that_steps_do_not_know_is_not_kept(launches):
+    """As that of sinks in float32, for which sums are taken anew."""
     for _ in range(2):
-        backward()._replace(needs=needs).run(engine, sinks=torch.randn(4))
+        one = backward(dtype=torch.float32)._replace(needs=frozenset(("q", "sinks")))
+        one.run(portable, sinks=torch.randn(4))
     assert not any(one.again for one in launches)
 
 

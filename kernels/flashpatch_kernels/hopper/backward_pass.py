@@ -44,7 +44,7 @@ def backward(
     same = torch.are_deterministic_algorithms_enabled()
     others = lse, dlse, *plans.of_options(options)
     plan, given = plans.plan_of(joint_kernel, (q, k, v, dout, out), others, options, needs, same)
-    names = [name for name in "qkv" if name in needs]
+    names = [name for name in ("q", "k", "v", "sinks") if name in needs]
     with launching.on(q.device):
         known = plan.again(*given, *others)
         if known is not None:
@@ -79,7 +79,8 @@ def backward(
                 launch_keys(shared, grads, joint)
             if "q" in grads:
                 launch_queries(shared, grads["q"])
-        found = {name: grads[name] for name in names} | term_gradients(shared, None, needs)
+        grads |= term_gradients(shared, None, needs)
+        found = {name: grad for name, grad in grads.items() if name in needs}
         plan.keep(steps, *found.values())
     return found
 

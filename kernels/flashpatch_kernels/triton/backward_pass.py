@@ -388,10 +388,11 @@ def backward(
     others = lse, dlse, *plans.of_options(options)
     plan, given = plans.plan_of(dq_kernel, (q, k, v, dout, out), others, options, needs)
     like = {name: x for name, x in (("q", q), ("k", k), ("v", v)) if name in needs}
+    names = [name for name in ("q", "k", "v", "sinks") if name in needs]
     with launching.on(q.device):
         known = plan.again(*given, *others)
         if known is not None:
-            return dict(zip(like, known, strict=True))
+            return dict(zip(names, known, strict=True))
         q, k, v, dout, out = given
         inputs = (q, k, v, dout)
         steps = plan.steps(*given, *others)

@@ -114,7 +114,7 @@ class Plan:
     def keep(self, steps: Steps, *results: Tensor) -> None:
         """Keeps the steps of a call that gives these tensors, for those that are alike."""
         places = steps.places(results)
-        if steps.repeatable:
+        if steps.repeatable and places:
             done = [(function, pick(at)) for function, at in steps.done]
             self._again = Again(steps.layouts, done, pick(places))
 

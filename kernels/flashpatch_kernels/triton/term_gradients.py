@@ -235,7 +235,8 @@ def term_gradients(
     if options.bias is not None and "bias" in needs:
         grads["bias"] = bias_gradient(shared, options.bias)
     if options.sinks is not None and "sinks" in needs:
-        grads["sinks"] = sinks_gradient(shared.stats, options.sinks)
+        grads["sinks"] = shared.steps.own(torch.empty_like(options.sinks))
+        shared.steps.do(write_sinks_gradient, shared.stats, options.sinks, grads["sinks"])
     return grads
 
 
@@ -308,9 +309,9 @@ def visible(mask: object, low: int, high: int) -> tuple[int, int]:
     return low, high
 
 
-def sinks_gradient(stats: Tensor, sinks: Tensor) -> Tensor:
-    """The gradient of the sinks [H], whose value is 0."""
-    return -(sink_weights(stats, sinks) * stats[1]).sum((0, 2)).to(sinks.dtype)
+def write_sinks_gradient(stats: Tensor, sinks: Tensor, out: Tensor) -> None:
+    """Writes the gradient of the sinks [H], whose value is 0."""
+    out.copy_(-(sink_weights(stats, sinks) * stats[1]).sum((0, 2)))
 
 
 def sink_weights(stats: Tensor, sinks: Tensor) -> Tensor:
