@@ -73,3 +73,12 @@ def test_every_case_of_the_terms_runs_in_small(tmp_path):
     groups = {row["group"] for row in rows}
     assert {"t5", "padded", "terms, d 64, full", "terms, d 128, causal"} <= groups
     assert not any("error" in row for row in rows)
+
+
+def test_every_call_that_the_host_is_timed_for_runs_in_small(tmp_path):
+    script = SCRIPT.with_name("host_gpu.py")
+    command = [sys.executable, str(script), "--dry", "--out", str(tmp_path / "rows.json")]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert rows == [{"implementation": "flashpatch"}]
