@@ -202,7 +202,7 @@ def test_programs_that_keep_step_do_not_wait_for_each_other(group, reach):
 
 
 @pytest.mark.parametrize(
-    ("reach", "left", "most"), [(0, 1000, 1.1), (99, 500, 1.1), (0, 2048, 1.3)]
+    ("reach", "left", "most"), [(0, 1000, 1.1), (99, 500, 1.1), (1000, 0, 1.1), (0, 2048, 1.3)]
 )
 @pytest.mark.parametrize("group", [1, 4])
 def test_programs_under_windows_wait_less_than_two_kernels_take(group, reach, left, most):

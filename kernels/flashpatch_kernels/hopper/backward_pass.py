@@ -88,14 +88,18 @@ def backward(
 def has_order(call: setups.Setup) -> bool:
     """Whether programs that add to dQ have an order in which they hardly wait, see `ordering`.
 
-    Under windows that are wide for the keys, those at an end of the keys are far out of step.
+    Under windows that are wide for the keys, those at an end of the keys are far out of step. Where
+    queries see only what is ahead, no tile of keys meets the 2t-th of queries, with which it would
+    begin, and each waits for the next.
     """
     mask, (*_, n_queries, n_keys) = call.options.mask, call.sizes
     if not isinstance(mask, Band) or n_queries < n_keys:
         return False
     if mask.left is None:
         return True
-    return mask.right is not None and 2 * (mask.left + mask.right) <= n_keys
+    if mask.right is None or mask.left < mask.offset:
+        return False
+    return 2 * (mask.left + mask.right) <= n_keys
 
 
 def launch_joint(shared: Shared, grads: dict[str, Tensor], *, in_order: bool) -> None:
