@@ -430,6 +430,26 @@ def test_alike_backward_passes_in_one_order_take_the_same_steps(launches):
     check_alike(launches, hopper, backward(**sizes), backward(**sizes))
 
 
+# Masks of 333 keys, and whether programs keep step under them.
+IN_ORDER = [
+    (Band(), True),
+    (Band(right=0), True),
+    (Band(left=100, right=66), True),
+    (Band(left=100, right=67), False),
+    (Band(left=5, right=5, offset=5), True),
+    (Band(left=5, right=5, offset=6), False),
+    (Band(left=5), False),
+]
+
+
+@pytest.mark.parametrize(("mask", "in_order"), IN_ORDER, ids=str)
+@pytest.mark.usefixtures("deterministic")
+def test_masks_without_an_order_have_a_kernel_for_queries(launches, mask, in_order):
+    """After that of the statistics and one for the rest."""
+    backward(n=333).run(hopper, mask=mask)
+    assert len(launches) == (2 if in_order else 3)
+
+
 @pytest.mark.usefixtures("unwritten")
 def test_what_is_added_up_in_memory_begins_with_zeros_each_time(launches):
     """The launches that are only written down add nothing."""
