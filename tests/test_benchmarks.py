@@ -64,21 +64,26 @@ def test_a_missed_bar_is_marked(models_cpu):
     assert "1.200" in models_cpu.shown(row)
 
 
-def test_every_case_of_the_terms_runs_in_small(tmp_path):
-    script = SCRIPT.with_name("terms_gpu.py")
-    command = [sys.executable, str(script), "--dry", "--out", str(tmp_path / "rows.json")]
+def rows_in_small(name, tmp_path):
+    """What a script that can run dry then writes."""
+    command = [
+        sys.executable,
+        str(SCRIPT.with_name(name)),
+        "--dry",
+        "--out",
+        tmp_path / "rows.json",
+    ]
     shown = subprocess.run(command, capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    return json.loads((tmp_path / "rows.json").read_text())["rows"]
+
+
+def test_every_case_of_the_terms_runs_in_small(tmp_path):
+    rows = rows_in_small("terms_gpu.py", tmp_path)
     groups = {row["group"] for row in rows}
     assert {"t5", "padded", "terms, d 64, full", "terms, d 128, causal"} <= groups
     assert not any("error" in row for row in rows)
 
 
 def test_every_call_that_the_host_is_timed_for_runs_in_small(tmp_path):
-    script = SCRIPT.with_name("host_gpu.py")
-    command = [sys.executable, str(script), "--dry", "--out", str(tmp_path / "rows.json")]
-    shown = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert shown.returncode == 0, shown.stderr
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert rows == [{"implementation": "flashpatch"}]
+    assert rows_in_small("host_gpu.py", tmp_path) == [{"implementation": "flashpatch"}]
