@@ -99,8 +99,6 @@ def measure(
     for name, of in (("forward", forward), ("backward", backward)):
         functions = {implementation: of(attend) for implementation, attend in attends.items()}
         with torch.set_grad_enabled(name == "backward"):
-            for function in functions.values():
-                function()  # may compile
             ms[name] = in_turns(functions, rep, rounds)
     return {
         implementation: {

@@ -27,7 +27,7 @@ SIZES = (1, 320, 4, 64)  # row of the batch, tokens, heads, head size
 
 
 class Implementation(NamedTuple):
-    """A way of computing causal attention, and in what it is held to that."""
+    """A way of computing causal attention, and what holds it to one, which is not timed."""
 
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     within: Callable[[], AbstractContextManager[Any]] = nullcontext

@@ -17,8 +17,10 @@ def in_turns(functions: Mapping[str, Callable[[], Any]], rep: int, rounds: int) 
     """Milliseconds that each function takes on a rested GPU, measured for `rep` of them.
 
     Medians of several rounds, in which functions take turns: one of them, and not another, may meet
-    a moment in which the card is slower. Each has run before, so that nothing compiles.
+    a moment in which the card is slower.
     """
+    for function in functions.values():
+        function()  # may compile
     taken = [[_median_ms(f, rep) for f in functions.values()] for _ in range(rounds)]
     return dict(zip(functions, map(median, zip(*taken, strict=True)), strict=True))
 

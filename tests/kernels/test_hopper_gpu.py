@@ -271,8 +271,9 @@ def test_slopes_that_are_given(
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("mask", ["causal", "causal keys"])
 @pytest.mark.parametrize("d", SIZES)
-@pytest.mark.usefixtures("poisoned_memory")
-def test_alike_calls_after_each_other(case, monkeypatch, request, terms, in_order, stream, mask, d):
+def test_alike_calls_after_each_other(
+    case, compare, launched, monkeypatch, request, terms, in_order, stream, mask, d
+):
     """The second and third take the steps that the first left, on whichever stream."""
     from flashpatch_kernels.triton import launching, plans
 
@@ -280,6 +281,9 @@ def test_alike_calls_after_each_other(case, monkeypatch, request, terms, in_orde
         request.getfixturevalue("deterministic")
     plans.shared.cache_clear()
     one = case(mask, terms=terms, n=333, d=d)
+    kernels = (UNORDERED if in_order and mask == "causal keys" else SIZES)[d]
+    compare(one, kernels)
+    launched.clear()
 
     def answer(attend, q, k, v, options, dout):
         out, lse = attend(q, k, v, options)
@@ -303,6 +307,7 @@ def test_alike_calls_after_each_other(case, monkeypatch, request, terms, in_orde
         ):
             assert (ours - true).norm() < 1e-2 * true.norm()
         monkeypatch.setattr(launching, "launch", None)
+    assert launched == kernels * 3
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "causal keys"])

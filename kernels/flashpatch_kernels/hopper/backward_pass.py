@@ -42,17 +42,17 @@ def backward(
     engine cannot read, and the gradient of slopes.
     """
     same = torch.are_deterministic_algorithms_enabled()
-    others = lse, dlse, *plans.of_options(options)
-    plan, given = plans.plan_of(joint_kernel, (q, k, v, dout, out), others, options, needs, same)
+    plan, (q, k, v, dout, out), given = plans.plan_of(
+        joint_kernel, (q, k, v, dout, out), (lse, dlse), options, needs, same
+    )
     names = [name for name in ("q", "k", "v", "sinks") if name in needs]
     with launching.on(q.device):
-        known = plan.again(*given, *others)
+        known = plan.again(*given)
         if known is not None:
             return dict(zip(names, known, strict=True))
-        q, k, v, dout, out = given
         inputs = (q, k, v, dout)
         written = {"q"} & needs | ({"k", "v"} if {"k", "v"} & needs else set())
-        steps = plan.steps(*given, *others)
+        steps = plan.steps(*given)
         grads = {
             name: steps.own(torch.empty_like(x))
             for name, x in zip("qkv", inputs[:3], strict=True)

@@ -291,13 +291,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     Returns:
         Output (B, H, N, Dv), laid out as (B, N, H, Dv), and lse, fp32 (B, H, N).
     """
-    others = plans.of_options(options)
-    plan, (q, k, v) = plans.plan_of(forward_kernel, (q, k, v), others, options)
+    plan, (q, k, v), given = plans.plan_of(forward_kernel, (q, k, v), (), options)
     with launching.on(q.device):
-        known = plan.again(q, k, v, *others)
+        known = plan.again(*given)
         if known is not None:
             return known[0], known[1]
-        steps = plan.steps(q, k, v, *others)
+        steps = plan.steps(*given)
         out, lse = (steps.own(memory.empty(*x, q.device)) for x in setups.output_layouts(q, v))
         call = setups.Setup.of(q, k, v, (out,), options)
         if call.unit == 1:  # an address that no stride told of

@@ -385,18 +385,22 @@ def backward(
     if lse.numel() == 0 or k.shape[2] == 0:
         tensors = {"q": q, "k": k, "v": v, **options.terms}
         return {name: torch.zeros_like(t) for name, t in tensors.items() if name in needs}
-    others = lse, dlse, *plans.of_options(options)
-    plan, given = plans.plan_of(dq_kernel, (q, k, v, dout, out), others, options, needs)
-    like = {name: x for name, x in (("q", q), ("k", k), ("v", v)) if name in needs}
+    asked = (q, k, v)
+    plan, (q, k, v, dout, out), given = plans.plan_of(
+        dq_kernel, (*asked, dout, out), (lse, dlse), options, needs
+    )
     names = [name for name in ("q", "k", "v", "sinks") if name in needs]
     with launching.on(q.device):
-        known = plan.again(*given, *others)
+        known = plan.again(*given)
         if known is not None:
             return dict(zip(names, known, strict=True))
-        q, k, v, dout, out = given
         inputs = (q, k, v, dout)
-        steps = plan.steps(*given, *others)
-        grads = {name: steps.own(torch.empty_like(x)) for name, x in like.items()}
+        steps = plan.steps(*given)
+        grads = {
+            name: steps.own(torch.empty_like(x))
+            for name, x in zip("qkv", asked, strict=True)
+            if name in needs
+        }
         written = {name: writable(grad) for name, grad in grads.items()}
         call = setups.Setup.of(q, k, v, (out, dout, *written.values()), options)
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()

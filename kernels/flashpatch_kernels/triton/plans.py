@@ -28,10 +28,12 @@ class Steps:
     Args:
         tensors: What the call is given, None for each tensor that it has not.
         kept: Whether it is also written down.
+
+    Attributes:
+        repeatable: Whether all that was done is written down, so that it can be done again.
     """
 
     def __init__(self, *tensors: Tensor | None, kept: bool) -> None:
-        self._kept = kept
         self._tensors = list(tensors)
         self.layouts: list[setups.Layout] = []
         self.done: list[tuple[Callable[..., Any], list[int]]] = []
@@ -41,7 +43,7 @@ class Steps:
 
     def own(self, x: Tensor) -> Tensor:
         """The tensor, which the call has just allocated."""
-        if self._kept:
+        if self.repeatable:
             self._tensors.append(x)
             self.layouts.append(setups.Layout(tuple(x.shape), x.stride(), x.dtype))
         return x
@@ -49,7 +51,7 @@ class Steps:
     def do(self, function: Callable[..., Any], *tensors: Tensor) -> None:
         """Has a function work on tensors."""
         function(*tensors)
-        if self._kept:
+        if self.repeatable:
             self.done.append((function, self.places(tensors)))
 
     def launch(self, kernel: Any, n_programs: int, tile: Tile, *arguments: Any) -> None:
@@ -57,7 +59,7 @@ class Steps:
         compiled = launching.launch(kernel, n_programs, tile, *arguments)
         if compiled is None:
             self.repeatable = False
-        elif self._kept:
+        elif self.repeatable:
             tensors = [x for x in arguments if isinstance(x, Tensor)]
             make = Launch(compiled, n_programs, tile, arguments).make
             self.done.append((make, self.places(tensors)))
@@ -142,8 +144,8 @@ def plan_of(
     others: tuple[Tensor | None, ...],
     options: Options,
     *alike: Any,
-) -> tuple[Plan, tuple[Tensor, ...]]:
-    """The plan that alike calls of a function share, and their tensors as kernels can read them.
+) -> tuple[Plan, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """The plan that alike calls of a function share.
 
     Shared are those without terms but sinks, but for Booleans, of tensors that are read as they
     are. The tensors that such a call makes follow from those that it is given, and lie at multiples
@@ -151,34 +153,33 @@ def plan_of(
 
     Args:
         tensors: [B, H, N, D], which kernels read in rows.
-        others: What else the call is given, None for what it is not; with `of_options`.
+        others: What else the call is given beside its options, None for what it is not.
         alike: What else decides about its steps.
+
+    Returns:
+        The plan, the tensors as kernels can read them, and all that the plan's steps are given.
     """
     o, mask = options, options.mask
+    others = (*others, o.sinks)
+    if isinstance(mask, Intervals):
+        others = (*others, mask.bounds, mask.runs)
     relative = o.relative_queries or o.relative_keys or o.relative_values
     bare = o.table is o.slopes is o.bias is o.score is relative is None and not o.dropout
     if not bare or isinstance(mask, Boolean):
-        return Plan(kept=False), tuple(map(setups.readable, tensors))
+        tensors = tuple(map(setups.readable, tensors))
+        return Plan(kept=False), tensors, (*tensors, *others)
     band = (mask.left, mask.right, mask.offset) if isinstance(mask, Band) else None
     same = (
         *[None if x is None else _layout(x) for x in others],
         *(id(function), tensors[0].device, setups.precision(tensors[0].dtype)),
         *(band, o.scale, o.softcap, *alike),
     )
-    given = tuple([_layout(x) for x in tensors])
-    plan = shared(given, same)
+    layouts = tuple([_layout(x) for x in tensors])
+    plan = shared(layouts, same)
     if not plan.kept:  # perhaps because of rows that are not read as they are
         tensors = tuple(map(setups.readable, tensors))
-        plan = shared(tuple(map(_layout, tensors)), (*same, given))
-    return plan, tensors
-
-
-def of_options(options: Options) -> tuple[Tensor | None, ...]:
-    """The tensors of the options of a call that shares a plan."""
-    mask = options.mask
-    if isinstance(mask, Intervals):
-        return options.sinks, mask.bounds, mask.runs
-    return (options.sinks,)
+        plan = shared(tuple(map(_layout, tensors)), (*same, layouts))
+    return plan, tensors, (*tensors, *others)
 
 
 @lru_cache(1024)
