@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -354,3 +354,13 @@ def kernels_of() -> Callable[[list[dict[str, Any]]], dict[str, list[tuple[str, d
         return found
 
     return kernels_of
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Triton's, whose current device and stream are numbers."""
+    import triton
+
+    driver = SimpleNamespace(get_current_device=lambda: 3, get_current_stream=lambda _: 7)
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
+    return driver
