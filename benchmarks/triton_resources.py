@@ -190,10 +190,11 @@ def record(
     crews: dict[str, Crew] | None = None,
     engine: str = "triton",
     deterministic: bool = False,
+    n: int = 1024,
 ) -> list[Launch]:
     """The launches of a forward and a backward of head size `size`, of all gradients by default."""
     module = import_module(f"flashpatch_kernels.{engine}")
-    n, heads, dv = 1024, 2 * group, value_size or size
+    heads, dv = 2 * group, value_size or size
     extra = 0 if aligned else 1
 
     def tensor(h: int, d: int) -> torch.Tensor:

@@ -325,6 +325,25 @@ def test_a_tile_in_the_middle_has_no_partner(case, compare, n, d):
     compare(many(case("causal", n=n, m=n, d=d), 3, 48, 16), SIZES[d])
 
 
+@pytest.mark.parametrize(("n", "kv_heads"), [(6200, 40), (8192, 10)])
+def test_tiles_that_are_dealt_out_give_the_same_bits(
+    launched, monkeypatch, poisoned_memory, n, kv_heads
+):
+    """Each is computed as it is in pairs, whoever does it."""
+    from flashpatch_kernels.hopper import crews
+    from flashpatch_kernels.triton import plans
+
+    q = torch.randn(1, 40, n, 64, device=DEVICE, dtype=torch.bfloat16)
+    k, v = (torch.randn(1, kv_heads, n, 64, device=DEVICE, dtype=q.dtype) for _ in range(2))
+    options = Options(Band(right=0), scale=0.125)
+    dealt = attend(q, k, v, options)
+    monkeypatch.setattr(crews, "dealt", lambda *_: False)
+    plans.shared.cache_clear()
+    for ours, in_pairs in zip(dealt, attend(q, k, v, options), strict=True):
+        assert torch.equal(ours, in_pairs)
+    assert launched == [FORWARD, FORWARD]
+
+
 def test_expanded_keys(case, compare):
     one = case("causal")
     k, v = (x.detach()[:1, :1].expand(x.shape).requires_grad_() for x in (one.k, one.v))

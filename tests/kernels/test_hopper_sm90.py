@@ -26,6 +26,9 @@ def one(kind, size, mask, dtype="bfloat16", **more):
 CALLS = [
     one("forward", 64, "band"),
     one("forward", 64, "causal", group=4, term="sinks"),
+    one("forward", 64, "causal", n=8192),
+    one("forward", 64, "causal", n=8192, term="slopes"),
+    one("forward", 64, "causal", n=8192, term="softcap"),
     one("forward", 64, "intervals", "float16"),
     one("forward", 128, "causal"),
     one("forward", 128, "runs"),

@@ -5,16 +5,22 @@ They are arithmetic on whole numbers, and are run here as what they look like: f
 
 import random
 from collections import Counter
+from itertools import product
 from types import FunctionType, SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 is not installed")
 
-from flashpatch_kernels.hopper import ordering, scheduling
+from flashpatch_kernels import tuning
+from flashpatch_kernels.hopper import crews, ordering, scheduling
+from flashpatch_kernels.masks import Band, Intervals
+from flashpatch_kernels.options import Options
+from flashpatch_kernels.triton import setups
 
 BM, BN = 64, 128
 MULTIPROCESSORS = 132
@@ -76,11 +82,13 @@ def in_python(programs, seat):
         program_id=lambda axis: seat,
     )
     names = {"gl": gl}
+    of_scheduling = "share", "rounds_of_pairs", "to_and_fro", "turns", "place", "dealt", "in_row"
     for module, name in (
-        *((scheduling, name) for name in ("share", "turns", "place", "course", "step_place")),
+        *((scheduling, name) for name in (*of_scheduling, "course", "step_place")),
         *((ordering, name) for name in ("rank", "between")),
     ):
-        names[name] = FunctionType(getattr(module, name).fn.__code__, names, name)
+        function = getattr(module, name).fn
+        names[name] = FunctionType(function.__code__, names, name, function.__defaults__)
     return SimpleNamespace(**names)
 
 
@@ -219,3 +227,62 @@ def test_causal_programs_of_one_head_never_meet(n_keys):
     assert len({len(steps) for steps in programs}) == 1
     for at in zip(*programs, strict=True):
         assert len({step.i for step in at}) == call.programs
+
+
+def tiles_of(programs, n_tiles, batch, heads, *, dealt):
+    """Of every program of a causal forward pass its tiles, each with row of the batch and head."""
+    found = []
+    for seat in range(programs):
+        device = in_python(programs, seat)
+        found.append([])
+        for turn in range(device.turns(n_tiles, batch * heads, True, dealt)):
+            tile, bh, b, head = device.place(turn, n_tiles, batch, heads, True, dealt)
+            assert bh == b * heads + head
+            found[-1].append((tile, b, head))
+    return found
+
+
+@given(
+    st.integers(2, 100),
+    st.integers(1, 3),
+    st.integers(1, 12),
+    st.sampled_from([1, 2, 5, 13, MULTIPROCESSORS]),
+)
+def test_every_tile_that_is_dealt_out_is_once(n_tiles, batch, heads, programs):
+    found = [x for own in tiles_of(programs, n_tiles, batch, heads, dealt=True) for x in own]
+    assert sorted(found) == list(product(range(n_tiles), range(batch), range(heads)))
+
+
+def idle(n, heads, *, dealt):
+    """Which part of the time programs of a causal forward have no work, with heads of 64."""
+    crew = tuning.CREWS["forward", 64, 64]
+    found = tiles_of(MULTIPROCESSORS, -(-n // crew.own), 1, heads, dealt=dealt)
+    # In steps, of which a tile's beginning and end take one and a half.
+    work = [
+        sum(-(-min(n, (tile + 1) * crew.own) // crew.others) + 1.5 for tile, *_ in own)
+        for own in found
+    ]
+    return 1 - sum(work) / len(work) / max(work)
+
+
+@pytest.mark.parametrize(
+    ("n", "heads"), [(6144, 64), (8192, 32), (8192, 64), (16384, 32), (32768, 16), (65536, 8)]
+)
+def test_tiles_that_are_dealt_out_leave_few_programs_without_work(n, heads):
+    assert idle(n, heads, dealt=True) < 0.02
+    assert idle(n, heads, dealt=True) < idle(n, heads, dealt=False) / 2
+
+
+def test_tiles_are_dealt_out_in_long_causal_forwards_of_small_heads():
+    def dealt(n=8192, size=64, mask=Band(right=0), name="forward"):
+        q = torch.empty(1, 2, n, size, dtype=torch.float16, device="meta")
+        return crews.dealt(setups.Setup.of(q, q, q, (), Options(mask, scale=1.0)), name)
+
+    assert dealt()
+    assert dealt(size=40)
+    bounds = torch.empty(1, 8192, 2, dtype=torch.int32, device="meta")
+    others = Band(), Band(left=99, right=0), Intervals(bounds)
+    assert not any(dealt(mask=mask) for mask in others)
+    assert not any(dealt(n) for n in (2048, 6143))
+    assert not dealt(size=128)
+    assert not dealt(name="dq")

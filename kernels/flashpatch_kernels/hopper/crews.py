@@ -14,6 +14,9 @@ from flashpatch_kernels.tuning import Tile
 # The passes whose programs own queries; those of the others own keys.
 OF_QUERIES = ("forward", "dq")
 
+# From so many queries on, which are 32 tiles of 192, the tiles of the last rounds are dealt out.
+LONG = 6144
+
 
 class Constants(NamedTuple):
     """What a kernel is compiled for, beside types.
@@ -23,8 +26,9 @@ class Constants(NamedTuple):
     consumer, BM those of a program, BN the keys of a tile; in the passes for keys BM are the
     queries of a tile, BN the keys of a program, R those of a part. Of CONSUMERS warpgroups each
     thread has REGISTERS; they issue products IN_TURN or as they come; SLOTS tiles of keys and of
-    values, and Q_SLOTS of queries, are in flight; PAIRED as in `scheduling`, ALONE where every head
-    has its own keys, PACED as in `scheduling.course`. The rest is as in `setups.Constants`.
+    values, and Q_SLOTS of queries, are in flight; PAIRED and DEALT as in `scheduling`, ALONE where
+    every head has its own keys, PACED as in `scheduling.course`. The rest is as in
+    `setups.Constants`.
     """
 
     SIZE: int
@@ -44,6 +48,7 @@ class Constants(NamedTuple):
     PAIRED: bool
     ALONE: bool
     PACED: bool
+    DEALT: bool
     PLAIN: bool
     CAP: bool
     APPROXIMATE: bool
@@ -58,7 +63,8 @@ def tuned(
     """The tile of a pass, and what it is compiled for."""
     of_keys, pairs = name not in OF_QUERIES, paired(call.options.mask, name)
     alone = of_keys and call.sizes[2] == 1
-    shares = pairs, alone, of_keys and pairs and not (alone or in_order)
+    paced = of_keys and pairs and not (alone or in_order)
+    shares = pairs, alone, paced, dealt(call, name)
     return constants(name, call.head_sizes, shares, *call.kinds[1:4], call.own)
 
 
@@ -72,9 +78,20 @@ def paired(mask: Mask, name: tuning.CrewPass) -> bool:
     return name in OF_QUERIES
 
 
+def dealt(call: setups.Setup, name: tuning.CrewPass) -> bool:
+    """Whether the tiles of the last rounds of pairs are dealt out one by one.
+
+    This is all that a kernel is compiled for by length. What programs of a head then read at
+    different times may have left the L2: it is worth it in the forward pass of heads of 64 alone.
+    """
+    n_queries, band = call.sizes[3], isinstance(call.options.mask, Band)
+    small = name == "forward" and max(call.head_sizes) <= 64
+    return small and n_queries >= LONG and band and paired(call.options.mask, name)
+
+
 @lru_cache
 def constants(
-    name: tuning.CrewPass, sizes: tuple[int, int], shares: tuple[bool, bool, bool], *rest: Any
+    name: tuning.CrewPass, sizes: tuple[int, int], shares: tuple[bool, ...], *rest: Any
 ) -> tuple[Tile, Constants]:
     """As `tuned`: one object for all calls alike, by which launches know it."""
     crew = tuning.crew(name, *sizes)

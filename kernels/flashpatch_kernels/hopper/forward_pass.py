@@ -62,8 +62,8 @@ def produce(given, KEYS: gl.constexpr, RUNS: gl.constexpr, C: gl.constexpr):
     v = matrix(V, v_strides, n_batch, n_heads // group, n_keys, C.VALUE_SIZE, C.BN, C.DV)
     CONSUMERS: gl.constexpr = C.CONSUMERS
     done = 0
-    for turn in range(turns(n_tiles, n_batch * n_heads, C.PAIRED)):
-        tile, _, batch, head = place(turn, n_tiles, n_batch, n_heads, C.PAIRED)
+    for turn in range(turns(n_tiles, n_batch * n_heads, C.PAIRED, C.DEALT)):
+        tile, _, batch, head = place(turn, n_tiles, n_batch, n_heads, C.PAIRED, C.DEALT)
         start = tile * C.BM
         for c in gl.static_range(CONSUMERS):
             put(queries, turn * CONSUMERS + c, q, batch, head, start + c * C.R, C.Q_SLOTS)
@@ -120,8 +120,8 @@ def consume(
     done = 0
     if C.IN_TURN and consumer == CONSUMERS - 1:
         pass_turn(consumer, CONSUMERS, done)
-    for turn in range(turns(n_tiles, n_batch * n_heads, C.PAIRED)):
-        tile, bh, batch, head = place(turn, n_tiles, n_batch, n_heads, C.PAIRED)
+    for turn in range(turns(n_tiles, n_batch * n_heads, C.PAIRED, C.DEALT)):
+        tile, bh, batch, head = place(turn, n_tiles, n_batch, n_heads, C.PAIRED, C.DEALT)
         start = tile * C.BM
         t0, t1, t2, t3 = KEYS(mask, batch, head, start, n_queries, n_keys, C.BM, C.BN, RUNS)
         n = gl.maximum(t3 - t0, 1)

@@ -4,6 +4,11 @@ As many programs as the card runs at a time share all tiles of all heads. Neighb
 of one head at the same time, because what they read then is read once for several of them. Where
 later tiles have more work, as under a causal mask, a program takes tiles in pairs, the first with
 the last, the second with the last but one: all pairs have the same work, and neighbours keep step.
+
+Pairs are large, and the last round of them leaves programs without work. Where heads have many
+tiles, the last full rounds and what is left beyond are DEALT out tile by tile instead, the largest
+first, in every other round backwards: whoever had the smallest of a round has the largest of the
+next.
 """
 
 from triton import constexpr_function
@@ -20,10 +25,27 @@ def share(units, seat):
 
 
 @jit
-def turns(n_tiles, n_heads, PAIRED: gl.constexpr):
+def rounds_of_pairs(n_tiles, n_heads):
+    """How many rounds of pairs come before the tiles that are dealt out: all full ones but two."""
+    return gl.maximum(n_heads * (n_tiles // 2) // gl.num_programs(0) - 2, 0)
+
+
+@jit
+def to_and_fro(turn):
+    """Where this program sits in a round of tiles that are dealt out."""
+    seat = gl.program_id(0)
+    return gl.where(turn % 2 == 0, seat, gl.num_programs(0) - 1 - seat)
+
+
+@jit
+def turns(n_tiles, n_heads, PAIRED: gl.constexpr, DEALT: gl.constexpr = False):
     """How many tiles this program has, of n_tiles in each of n_heads."""
     seat = gl.program_id(0)
-    if PAIRED:
+    if DEALT:
+        in_pairs = 2 * rounds_of_pairs(n_tiles, n_heads)
+        left = n_heads * n_tiles - in_pairs * gl.num_programs(0)
+        return in_pairs + share(left, to_and_fro(left // gl.num_programs(0)))
+    elif PAIRED:
         # Those in the middle of an odd number have no partner: the last seats begin with them.
         alone = share(n_heads * (n_tiles % 2), gl.num_programs(0) - 1 - seat)
         return 2 * share(n_heads * (n_tiles // 2), seat) + alone
@@ -32,11 +54,13 @@ def turns(n_tiles, n_heads, PAIRED: gl.constexpr):
 
 
 @jit
-def place(turn, n_tiles, n_batch, n_heads, PAIRED: gl.constexpr):
+def place(turn, n_tiles, n_batch, n_heads, PAIRED: gl.constexpr, DEALT: gl.constexpr = False):
     """Tile of this program's turn, and its head: among all, then as row of the batch and in it."""
     programs = gl.num_programs(0)
     seat = gl.program_id(0)
-    if PAIRED:
+    if DEALT:
+        tile, bh = dealt(turn, n_tiles, n_batch * n_heads)
+    elif PAIRED:
         half = n_tiles // 2
         in_pairs = 2 * share(n_batch * n_heads * half, seat)
         unit = turn // 2 * programs + seat
@@ -48,6 +72,51 @@ def place(turn, n_tiles, n_batch, n_heads, PAIRED: gl.constexpr):
         unit = turn * programs + seat
         tile, bh = unit % n_tiles, unit // n_tiles
     return tile, bh, bh // n_heads, bh % n_heads
+
+
+@jit
+def dealt(turn, n_tiles, n_heads):
+    """Tile of this program's turn, and its head among all, where the last rounds are dealt out.
+
+    The rounds before take all pairs of the `whole` first heads. What these leave lies in a row, the
+    largest tiles first: from its two ends come the pairs that fill the last of these rounds, and
+    what is between is dealt out.
+    """
+    programs = gl.num_programs(0)
+    half = n_tiles // 2
+    rounds = rounds_of_pairs(n_tiles, n_heads)
+    whole = rounds * programs // half
+    # Branches, because to compute all three takes more registers.
+    if turn < 2 * rounds:
+        unit = turn // 2 * programs + gl.program_id(0)
+        x = unit - whole * half
+        if x < 0:
+            at = unit % half
+            tile, bh = gl.where(turn % 2 == 0, n_tiles - 1 - at, at), unit // half
+        else:
+            n_row = (n_heads - whole) * n_tiles + whole * (n_tiles % 2)
+            x = gl.where(turn % 2 == 0, x, n_row - 1 - x)
+            tile, bh = in_row(x, n_tiles, n_heads, whole)
+    else:
+        x = (turn - rounds) * programs + to_and_fro(turn) - whole * half
+        tile, bh = in_row(x, n_tiles, n_heads, whole)
+    return tile, bh
+
+
+@jit
+def in_row(x, n_tiles, n_heads, whole):
+    """The x-th tile, and its head, of a row of what the pairs of the `whole` first heads leave.
+
+    Each tile of all other heads, the last first; with the middle ones those of the whole heads too.
+    """
+    half = n_tiles // 2
+    others = n_heads - whole
+    alone = whole * (n_tiles % 2)
+    middle = x - others * half
+    is_alone = (middle >= 0) & (middle < alone)
+    x = gl.where(middle < alone, x, x - alone)
+    tile = gl.where(is_alone, half, n_tiles - 1 - x // others)
+    return tile, gl.where(is_alone, middle, whole + x % others)
 
 
 @jit
