@@ -139,6 +139,9 @@ def t5(on: Machine) -> Iterator[Case]:
     yield ours("none", on, qkv, scale=1.0)
     # What each layer of a stack costs: the buckets are looked up once for all of them.
     yield ours("table", on, qkv, (given,), scale=1.0, table=given, first=-128)
+    for_hopper: dict[str, Any] = {"scale": 1.0, "engine": "hopper"}
+    yield ours("none, hopper", on, qkv, **for_hopper)
+    yield ours("table, hopper", on, qkv, (given,), table=given, first=-128, **for_hopper)
     yield Case("table from buckets", layers_own, (*qkv, weight))
     i = torch.arange(n, device=on.device)
 
@@ -198,13 +201,23 @@ def hopper(on: Machine, d: int, *, causal: bool) -> Iterator[Case]:
     """One call for each term of the Hopper engine, the first without any."""
     heads, n = 2048 // d, 8192 // on.shrink
     qkv = tensors(on, 2, heads, heads, n, d)
-    learnt = torch.randn(heads, device=on.device, requires_grad=True)
+
+    def learnt(*shape: int) -> Tensor:
+        return torch.randn(shape, device=on.device, requires_grad=True)
+
+    sinks, bias, entries = learnt(heads), learnt(2, heads, 1, n), learnt(heads, 257)
     options: dict[str, Any] = {"mask": Band(right=0) if causal else Band(), "engine": "hopper"}
     yield ours("none", on, qkv, **options)
     yield ours("softcap", on, qkv, softcap=50.0, **options)
     slopes = torch.exp2(-8 * torch.arange(1, heads + 1, device=on.device) / heads)
     yield ours("slopes", on, qkv, slopes=slopes, **options)
-    yield ours("sinks, learnt", on, qkv, (learnt,), sinks=learnt, **options)
+    yield ours("sinks, learnt", on, qkv, (sinks,), sinks=sinks, **options)
+    yield ours("key bias", on, qkv, bias=bias.detach(), **options)
+    yield ours("key bias, learnt", on, qkv, (bias,), bias=bias, **options)
+    some: dict[str, Any] = {"first": -128, **options}
+    yield ours("table of 257 distances", on, qkv, table=entries.detach(), **some)
+    yield ours("table of 257 distances, learnt", on, qkv, (entries,), table=entries, **some)
+    yield ours("table", on, qkv, table=torch.randn(heads, 2 * n - 1, device=on.device), **options)
 
 
 def groups(on: Machine) -> Iterator[tuple[str, Iterator[Case]]]:

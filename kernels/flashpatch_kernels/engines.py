@@ -310,8 +310,8 @@ HOPPER = Engine(
             lambda c: c.mask is not Boolean,
         ),
         (
-            Reason("HOPPER_BIAS", "the Hopper kernels add no biases but slopes"),
-            lambda c: not (c.bias or c.table or c.relative),
+            Reason("HOPPER_BIAS", "the Hopper kernels add no biases of pairs"),
+            lambda c: not c.relative and (c.bias_one_row or not c.bias),
         ),
         (
             Reason("HOPPER_SLOPES", f"the Hopper kernels tell distances of slopes {EXACT}"),

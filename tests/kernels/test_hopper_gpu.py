@@ -245,20 +245,107 @@ def test_every_term(case, compare, mask, terms, d):
     compare(case(mask, terms=terms, d=d), [FORWARD] if "slopes" in terms else SIZES[d])
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (1, 4, 1), (2, 4, 1)], ids=str)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("mask", ["full", "causal", "causal keys", "intervals"])
+@pytest.mark.parametrize("d", SIZES)
+def test_a_bias_of_keys(case, compare, mask, kv_heads, shape, d):
+    compare(case(mask, terms=("bias",), bias_shape=shape, kv_heads=kv_heads, d=d), SIZES[d])
+
+
+@pytest.mark.parametrize("terms", [("table",), ("clamped table",)], ids=str)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("mask", ["full", "causal", "window", "causal keys", "intervals"])
+@pytest.mark.parametrize("d", SIZES)
+def test_a_table(case, compare, mask, kv_heads, terms, d):
+    """That of one that is constant beyond its ends is summed by the joint kernel, of each head."""
+    summed = terms == ("table",) or (d < 256 and kv_heads == 4)
+    one = case(mask, terms=terms, n=500, m=600, kv_heads=kv_heads, d=d, entries=150, first=-90)
+    compare(one, SIZES[d] if summed else [FORWARD])
+
+
+@pytest.mark.parametrize(
+    ("mask", "entries", "first"),
+    [
+        *[("full", *ends) for ends in [(1, 0), (2, 0), (40, -300), (40, 260), (1, 999)]],
+        *[(mask, *ends) for mask in ("causal", "causal keys") for ends in [(40, -300), (2, -77)]],
+    ],
+)
+def test_the_ends_of_a_table_anywhere(case, compare, mask, entries, first):
+    terms = ("clamped table",)
+    compare(case(mask, terms=terms, n=500, m=500, kv_heads=4, entries=entries, first=first))
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        ("softcap", "bias"),
+        ("softcap", "table"),
+        ("bias", "clamped table", "sinks"),
+        ("softcap", "bias", "table", "sinks"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize("mask", ["causal", "causal keys"])
+@pytest.mark.parametrize("d", SIZES)
+def test_biases_beside_each_other(case, compare, request, mask, in_order, terms, d):
+    if in_order:
+        request.getfixturevalue("deterministic")
+    unordered = in_order and mask == "causal keys"
+    kernels = (UNORDERED if unordered else SIZES)[d]
+    if "clamped table" in terms and (d == 256 or (unordered and d == 64)):
+        kernels = [FORWARD]
+    compare(case(mask, terms=terms, n=400, m=400, kv_heads=4, d=d), kernels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("terms", [("bias",), ("table",), ("clamped table",)], ids=str)
+@pytest.mark.parametrize("d", SIZES)
+def test_many_programs_with_biases(case, compare, terms, dtype, d):
+    options = {"entries": 200, "first": -100, "bias_shape": (2, 4, 1), "dtype": dtype}
+    one = case("causal", terms=terms, n=2011, m=2011, kv_heads=4, d=d, **options)
+    compare(one, [FORWARD] if d == 256 and terms == ("clamped table",) else SIZES[d])
+
+
+@pytest.mark.parametrize("hides", [-1e9, float("-inf")])
+@pytest.mark.parametrize("d", SIZES)
+def test_a_bias_of_keys_may_hide_them(case, compare, hides, d):
+    """As masks that models make do, of single keys and of whole tiles, from the first on."""
+    one = case("causal", terms=("bias",), bias_shape=(2, 1, 1), n=700, m=700, d=d)
+    bias = one.options.bias.detach().clone()
+    bias[0, ..., 1:300] = hides
+    bias[1, ..., 5::7] = hides
+    compare(replace(one, options=replace(one.options, bias=bias.requires_grad_())), SIZES[d])
+
+
+GIVEN = {
+    "slopes": ("slopes", {}),
+    "a bias of keys": ("bias", {}),
+    "a table": ("table", {}),
+    "a table of some distances": ("clamped table", {"entries": 150, "first": -90}),
+    "one number": ("clamped table", {"entries": 1, "first": 0}),
+    "two numbers": ("clamped table", {"entries": 2, "first": 0}),
+    "a table of unseen distances": ("clamped table", {"entries": 40, "first": 260}),
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", ["full", "causal", "causal window", "causal keys"])
+@pytest.mark.parametrize("bias", GIVEN)
 @pytest.mark.parametrize("d", SIZES)
-def test_slopes_that_are_given(
-    case, pytorch, assert_as_exact_as_pytorch, launched, poisoned_memory, mask, dtype, d
+def test_biases_that_are_given(
+    case, pytorch, assert_as_exact_as_pytorch, launched, poisoned_memory, bias, mask, dtype, d
 ):
-    """As ALiBi's are; those that are learnt have the portable kernels' gradient."""
+    """As ALiBi's slopes are; those that are learnt have the portable kernels' gradient."""
 
     def answer(one, attend):
-        given = replace(one.options, slopes=one.options.slopes.detach())
+        given = one.options.with_terms({x: t.detach() for x, t in one.options.terms.items()})
         out, _ = attend(one.q, one.k, one.v, given)
         return out, *torch.autograd.grad(out, (one.q, one.k, one.v), one.dout)
 
-    one = case(mask, terms=("slopes",), dtype=dtype, n=500, m=500, d=d)
+    term, more = GIVEN[bias]
+    one = case(mask, terms=(term,), dtype=dtype, n=500, m=500, d=d, **more)
     true = answer(one.to(torch.float64), reference.attention)
     theirs, ours = answer(one, pytorch), answer(one, attend)
     assert launched == SIZES[d]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashpatch_kernels import triton as portable
 from flashpatch_kernels import tuning
-from flashpatch_kernels.hopper import crews
+from flashpatch_kernels.hopper import biases, crews
 from flashpatch_kernels.hopper.joint_gradients import joint_kernel
 from flashpatch_kernels.hopper.key_gradients import key_kernel
 from flashpatch_kernels.hopper.query_gradients import query_kernel
@@ -39,7 +39,8 @@ def backward(
     """The gradients that `needs` names, those of q, k and v laid out as these.
 
     What these kernels do not compute the portable ones do: other head sizes, rows that the copy
-    engine cannot read, and the gradient of slopes.
+    engine cannot read, the gradient of slopes, and that of a table that is constant beyond its ends
+    where the joint kernel does not sum what lies there.
     """
     same = torch.are_deterministic_algorithms_enabled()
     plan, (q, k, v, dout, out), given = plans.plan_of(
@@ -59,27 +60,38 @@ def backward(
             if name in written
         }
         call = setups.Setup.of(q, k, v, (out, dout, *grads.values()), options)
+        joint = tuning.crew("dqdkdv", *call.head_sizes) is not None
+        in_one = joint and len(grads) == 3 and (not same or has_order(call))
+        sums = biases.Sums()
+        if joint and "k" in grads:
+            _, fixed = crews.tuned(call, "dqdkdv" if in_one else "dkdv")
+            sums = biases.sums_of(call, fixed, needs)
         served = (
             tuning.crew("dkdv", *call.head_sizes) is not None
             and call.unit > 1
             and bool(grads)
             and "slopes" not in needs
+            and not ("table" in needs and call.clamped and sums.ends is None)
         )
         if not served:
             return portable.backward(dout, dlse, q, k, v, out, lse, options, needs)
         stats = steps.own(lse.new_empty(2, *lse.shape))
-        added = terms.terms_of(call, both=True)
+        by_sums = {"bias", "table"} & needs
+        added = terms.terms_of(call, both=False) if by_sums else terms.NO_TERMS
         shared = Shared(call, added, inputs, call.strides(*inputs), stats, steps)
         compute_stats(shared, out, lse.contiguous(), None if dlse is None else dlse.contiguous())
-        joint = tuning.crew("dqdkdv", *call.head_sizes) is not None
-        if joint and len(grads) == 3 and (not same or has_order(call)):
-            launch_joint(shared, grads, in_order=same)
+        if in_one:
+            launch_joint(shared, grads, sums, in_order=same)
         else:
             if "k" in grads:
-                launch_keys(shared, grads, joint)
+                launch_keys(shared, grads, sums, joint)
             if "q" in grads:
                 launch_queries(shared, grads["q"])
-        grads |= term_gradients(shared, None, needs)
+        if sums.bias is not None:
+            grads["bias"] = biases.bias_gradient(options.bias, sums.bias)
+        if sums.ends is not None:
+            grads["table"] = biases.table_gradient(shared, options.table, sums.ends)
+        grads |= term_gradients(shared, None, needs - grads.keys())
         found = {name: grad for name, grad in grads.items() if name in needs}
         plan.keep(steps, *found.values())
     return found
@@ -102,7 +114,9 @@ def has_order(call: setups.Setup) -> bool:
     return 2 * (mask.left + mask.right) <= n_keys
 
 
-def launch_joint(shared: Shared, grads: dict[str, Tensor], *, in_order: bool) -> None:
+def launch_joint(
+    shared: Shared, grads: dict[str, Tensor], more: biases.Sums, *, in_order: bool
+) -> None:
     """The gradients of k and v, and that of q out of a sum in memory."""
     steps = shared.steps
     sums = steps.own(torch.empty_like(grads["q"], dtype=torch.float32))
@@ -115,8 +129,9 @@ def launch_joint(shared: Shared, grads: dict[str, Tensor], *, in_order: bool) ->
         shape = n_batch, n_heads, setups.cdiv(n_queries, tile.BM) + 1  # see `ordering.count_of`
         counts = steps.own(torch.empty(shape, dtype=torch.int32, device=sums.device))
         steps.do(Tensor.zero_, counts)
-    outputs = sums, counts, grads["k"], grads["v"]
-    launch_key_pass(joint_kernel, "dqdkdv", shared, outputs, strides, in_order=in_order)
+    outputs = sums, counts, more.bias, more.ends, grads["k"], grads["v"]
+    numbers = [*strides, *more.near]
+    launch_key_pass(joint_kernel, "dqdkdv", shared, outputs, numbers, in_order=in_order)
     steps.do(partial(scaled, shared.call.options.scale), sums, grads["q"])
 
 
@@ -125,11 +140,12 @@ def scaled(factor: float, x: Tensor, out: Tensor) -> None:
     torch.mul(x, factor, out=out)
 
 
-def launch_keys(shared: Shared, grads: dict[str, Tensor], joint: bool) -> None:
+def launch_keys(shared: Shared, grads: dict[str, Tensor], more: biases.Sums, joint: bool) -> None:
     """The gradients of k and v, by what of the joint kernel is for them, or by one of their own."""
     outputs = grads["k"], grads["v"]
     if joint:
-        launch_key_pass(joint_kernel, "dkdv", shared, (None, None, *outputs), [0, 0, 0])
+        outputs = None, None, more.bias, more.ends, *outputs
+        launch_key_pass(joint_kernel, "dkdv", shared, outputs, [0, 0, 0, *more.near])
     else:
         launch_key_pass(key_kernel, "dkdv", shared, outputs, [])
 
@@ -139,11 +155,11 @@ def launch_key_pass(
     name: tuning.CrewPass,
     shared: Shared,
     outputs: tuple[Any, ...],
-    strides: list[int],
+    numbers: list[int],
     *,
     in_order: bool = False,
 ) -> None:
-    """A kernel whose programs own keys; `strides` are those of what is summed.
+    """A kernel whose programs own keys; `numbers` are what it takes beside all tensors' strides.
 
     They run together where they add in one order, and so wait for each other.
     """
@@ -151,20 +167,21 @@ def launch_key_pass(
     n_batch, n_heads, group, n_queries, n_keys = call.sizes
     tile, fixed = crews.tuned(call, name, in_order=in_order)
     n_tiles = setups.cdiv(n_keys, tile.BN)
-    terms_of = shared.added.transposed
+    added = biases.added_of(call)
+    composed = added.composed
     shared.steps.launch(
         kernel,
         crews.programs(call, name, n_tiles * n_batch * (n_heads // group)),
         tile._replace(together=True) if in_order else tile,
         *(*shared.inputs, shared.stats, *outputs),
-        *(*shared.strides, *call.strides(*outputs[-2:]), *strides),
-        *(*call.sizes, n_tiles, float(call.options.scale), crews.to_log2(call, terms_of)),
+        *(*shared.strides, *call.strides(*outputs[-2:]), *numbers),
+        *(*call.sizes, n_tiles, float(call.options.scale), crews.to_log2(call)),
         *call.mask.arguments(
             tile_lists.query_lists(shared.steps, call.mask, tile, group, n_queries, n_keys)
         ),
-        *(*call.cap, terms_of.pointers, *shared.added.numbers[:8]),
+        *(*call.cap, added.bias, added.table, added.unit, composed.pointers, *added.numbers),
         *(call.mask.rows, call.mask.seen, call.mask.queries, call.mask.has_runs),
-        *(terms_of.opens, terms_of.adds, terms_of.code, fixed),
+        *(composed.opens, composed.adds, composed.code, fixed),
     )
 
 
@@ -174,18 +191,19 @@ def launch_queries(shared: Shared, dq: Tensor) -> None:
     n_batch, n_heads, _, n_queries, n_keys = call.sizes
     tile, fixed = crews.tuned(call, "dq")
     n_tiles = setups.cdiv(n_queries, tile.BM)
-    terms_of = shared.added.straight
+    added = biases.added_of(call)
+    composed = added.composed
     shared.steps.launch(
         query_kernel,
         crews.programs(call, "dq", n_tiles * n_batch * n_heads),
         tile,
         *(*shared.inputs, shared.stats, dq),
         *(*shared.strides, *call.strides(dq)),
-        *(*call.sizes, n_tiles, float(call.options.scale), crews.to_log2(call, terms_of)),
+        *(*call.sizes, n_tiles, float(call.options.scale), crews.to_log2(call)),
         *call.mask.arguments(
             tile_lists.key_tiles(shared.steps, call.mask, tile, fixed.R, n_queries, n_keys)
         ),
-        *(*call.cap, terms_of.pointers, *shared.added.numbers[:8]),
+        *(*call.cap, added.bias, added.table, added.unit, composed.pointers, *added.numbers),
         *(call.mask.rows, call.mask.seen, crews.keys_of(call.mask), call.mask.has_runs),
-        *(terms_of.opens, terms_of.adds, terms_of.code, fixed),
+        *(composed.opens, composed.adds, composed.code, fixed),
     )

@@ -8,7 +8,6 @@ import torch
 from flashpatch_kernels import tuning
 from flashpatch_kernels.masks import Band, Mask
 from flashpatch_kernels.triton import setups, tile_masks
-from flashpatch_kernels.triton.terms import Composed
 from flashpatch_kernels.tuning import Tile
 
 # The passes whose programs own queries; those of the others own keys.
@@ -65,7 +64,7 @@ def tuned(
     alone = of_keys and call.sizes[2] == 1
     paced = of_keys and pairs and not (alone or in_order)
     shares = pairs, alone, paced, dealt(call, name)
-    return constants(name, call.head_sizes, shares, *call.kinds[1:4], call.own)
+    return constants(name, call.head_sizes, shares, plain(call), *call.kinds[2:4], call.own)
 
 
 def paired(mask: Mask, name: tuning.CrewPass) -> bool:
@@ -107,9 +106,17 @@ def constants(
     )
 
 
-def to_log2(call: setups.Setup, added: Composed) -> float:
+def to_log2(call: setups.Setup) -> float:
     """The factor from scores to base 2: with the cap, where nothing is added to what it gives."""
-    return call.to_log2 if added.adds else call.to_log2 * call.cap[1]
+    o = call.options
+    alone = o.table is o.slopes is o.bias is None
+    return setups.LOG2E * (o.scale if plain(call) else call.cap[1] if alone else 1.0)
+
+
+def plain(call: setups.Setup) -> bool:
+    """Whether scores are products times a positive factor, but for what `biases` add."""
+    o = call.options
+    return o.scale > 0 and o.softcap is o.slopes is o.score is None
 
 
 def programs(call: setups.Setup, name: tuning.CrewPass, n_items: int) -> int:

@@ -17,7 +17,7 @@ Source: Shah et al., FlashAttention-3 (2024), sections 3.1 and 3.2.
 from torch import Tensor
 
 from flashpatch_kernels import triton as portable
-from flashpatch_kernels.hopper import crews, softmax, weights
+from flashpatch_kernels.hopper import biases, crews, softmax, weights
 from flashpatch_kernels.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -28,7 +28,7 @@ from flashpatch_kernels.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from flashpatch_kernels.hopper.products import chunks, start_inner
+from flashpatch_kernels.hopper.products import chunks
 from flashpatch_kernels.hopper.rings import (
     beside,
     leave,
@@ -37,6 +37,7 @@ from flashpatch_kernels.hopper.rings import (
     put_both,
     ring,
     take,
+    tell_full,
     tile_of,
 )
 from flashpatch_kernels.hopper.scheduling import (
@@ -47,7 +48,7 @@ from flashpatch_kernels.hopper.scheduling import (
     turns,
 )
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import launching, memory, plans, scores, setups, terms, tile_lists
+from flashpatch_kernels.triton import launching, memory, plans, scores, setups, tile_lists
 
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -55,7 +56,8 @@ LN2 = gl.constexpr(0.6931471805599453)
 @jit
 def produce(given, KEYS: gl.constexpr, RUNS: gl.constexpr, C: gl.constexpr):
     """Reads, for every tile of this program, its queries and the keys and values they meet."""
-    Q, K, V, q_strides, k_strides, v_strides, sizes, mask, n_tiles, queries, keys, values = given
+    (Q, K, V, q_strides, k_strides, v_strides, sizes, mask, bias, n_tiles,
+     queries, keys, values, beside_keys) = given  # fmt: skip
     n_batch, n_heads, group, n_queries, n_keys = sizes
     q = matrix(Q, q_strides, n_batch, n_heads, n_queries, C.SIZE, C.R, C.D)
     k = matrix(K, k_strides, n_batch, n_heads // group, n_keys, C.SIZE, C.BN, C.D)
@@ -71,18 +73,25 @@ def produce(given, KEYS: gl.constexpr, RUNS: gl.constexpr, C: gl.constexpr):
         n = gl.maximum(t3 - t0, 1)
         kv_head = head // group
         key = edges_first(0, t0, t1, t2, t3) * C.BN
+        # Biases are read before a slot is free, because it takes its time.
+        first_bias = biases.of_columns(bias, batch, head, key, n_keys, C)
         put(keys, done, k, batch, kv_head, key, C.SLOTS)
+        biases.put(keys, beside_keys, done, first_bias, C)
         for x in range(1, n):
             before = key
             key = edges_first(x, t0, t1, t2, t3) * C.BN
+            its_bias = biases.of_columns(bias, batch, head, key, n_keys, C)
             put_both(keys, values, done + x, k, v, batch, kv_head, key, before, C.SLOTS)
+            biases.put(keys, beside_keys, done + x, its_bias, C)
         put(values, done + n, v, batch, kv_head, key, C.SLOTS)
+        if len(beside_keys) > 0:
+            tell_full(keys, done + n, C.SLOTS)
         done += n + 1
 
 
 @jit
 def scored(
-    s, i, lo, hi, tile, batch, head, sizes, mask, score, sources,
+    s, i, m, of_keys, of_all, bias, lo, hi, tile, batch, head, sizes, mask, score, sources,
     SEEN: gl.constexpr, RUNS: gl.constexpr, ADDS: gl.constexpr, C: gl.constexpr,
     MASKED: gl.constexpr,
 ):  # fmt: skip
@@ -92,7 +101,10 @@ def scored(
     j = gl.expand_dims(n + gl.arange(0, C.BN, gl.SliceLayout(0, s.type.layout)), 0)
     row = gl.expand_dims(i, 1)
     if not C.PLAIN:
-        s, _ = weights.scored(s, row, j, n, head, score, sources, C, ADDS)
+        levels = biases.levels(of_keys, of_all)
+        s, _ = weights.scored(s, row, j, m, n, head, levels, bias, score, sources, C, ADDS)
+    elif bias[3] is not None:
+        s = biases.with_entries(s, row, j, m, n, head, bias, score)
     if MASKED:
         low = gl.expand_dims(lo, 1)
         seen = SEEN(low, gl.expand_dims(hi, 1), row, j, mask, batch, head, n_queries, n_keys, RUNS)
@@ -107,8 +119,8 @@ def consume(
     OPENS: gl.constexpr, ADDS: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """The output and lse of R queries of every tile of this program."""
-    (O, LSE, o_strides, sizes, mask, score, pointers, sinks, to_log2, n_tiles,
-     queries, keys, values) = given  # fmt: skip
+    (O, LSE, o_strides, sizes, mask, score, bias, pointers, sinks, to_log2, n_tiles,
+     queries, keys, values, beside_keys) = given  # fmt: skip
     n_batch, n_heads, _group, n_queries, n_keys = sizes
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BN, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.DV, 16])
@@ -126,7 +138,8 @@ def consume(
         t0, t1, t2, t3 = KEYS(mask, batch, head, start, n_queries, n_keys, C.BM, C.BN, RUNS)
         n = gl.maximum(t3 - t0, 1)
         edges = gl.minimum(n, gl.maximum(t1 - t0 + t3 - t2, 1))
-        i = start + consumer * C.R + gl.arange(0, C.R, gl.SliceLayout(1, S))
+        own_start = start + consumer * C.R
+        i = own_start + gl.arange(0, C.R, gl.SliceLayout(1, S))
         inside = gl.minimum(i, n_queries - 1)
         lo, hi = ROWS(mask, batch, inside, n_queries, n_keys)
         of_row = scores.of_row(score, batch)
@@ -138,9 +151,10 @@ def consume(
         own = take(queries, number, C.Q_SLOTS)
         q = chunks(own, C)
         k = take(keys, done, C.SLOTS)
+        of_keys = biases.taken(beside_keys, done, S, C)
         if C.IN_TURN:
             await_turn(consumer, done)
-        started = start_inner(q, chunks(k, C), C.BN, C)
+        started = biases.start_scores(q, chunks(k, C), of_keys, C)
         if C.IN_TURN:
             pass_turn(consumer, CONSUMERS, done)
         if LATER and turn > 0:
@@ -149,22 +163,27 @@ def consume(
         s = warpgroup_mma_wait(0, deps=(started,))
         leave(keys, done, C.SLOTS)
         first = edges_first(0, t0, t1, t2, t3)
+        of_all = biases.beyond_ends(bias, own_start, first * C.BN, C.R, C.BN, head, of_row)
         s = scored(
-            s, inside, lo, hi, first, batch, head, sizes, mask, of_row, sources,
-            SEEN, RUNS, ADDS, C, True,
+            s, inside, own_start, of_keys, of_all, bias, lo, hi, first, batch, head, sizes, mask,
+            of_row, sources, SEEN, RUNS, ADDS, C, True,
         )  # fmt: skip
+        if C.PLAIN and len(of_all) > 0:
+            s = s + of_all[0] * bias[4]
         p, m, l = softmax.first_step(s, m, l, to_log2, dtype, C.DV)
         # Two loops, so that the instructions of whole tiles lie in a row.
         for x in range(1, edges):
             m, l, acc, p = consume_step(
-                m, l, acc, p, q, keys, values, done + x, edges_first(x, t0, t1, t2, t3), inside,
-                lo, hi, batch, head, sizes, mask, of_row, sources, to_log2, consumer,
+                m, l, acc, p, q, keys, values, beside_keys, bias, done + x,
+                edges_first(x, t0, t1, t2, t3), inside, own_start, lo, hi, batch, head, sizes,
+                mask, of_row, sources, to_log2, consumer,
                 SEEN, RUNS, ADDS, C, True,
             )  # fmt: skip
         for x in range(gl.maximum(edges, 1), n):
             m, l, acc, p = consume_step(
-                m, l, acc, p, q, keys, values, done + x, edges_first(x, t0, t1, t2, t3), inside,
-                lo, hi, batch, head, sizes, mask, of_row, sources, to_log2, consumer,
+                m, l, acc, p, q, keys, values, beside_keys, bias, done + x,
+                edges_first(x, t0, t1, t2, t3), inside, own_start, lo, hi, batch, head, sizes,
+                mask, of_row, sources, to_log2, consumer,
                 SEEN, RUNS, ADDS, C, False,
             )  # fmt: skip
         v = take(values, done + n, C.SLOTS)
@@ -193,37 +212,48 @@ def consume(
 
 @jit
 def consume_step(
-    m, l, acc, p, q, keys, values, x, tile, i, lo, hi, batch, head, sizes, mask, score, sources,
-    to_log2, consumer: gl.constexpr,
+    m, l, acc, p, q, keys, values, beside_keys, bias, x, tile, i, start, lo, hi, batch, head, sizes,
+    mask, score, sources, to_log2, consumer: gl.constexpr,
     SEEN: gl.constexpr, RUNS: gl.constexpr, ADDS: gl.constexpr, C: gl.constexpr,
     MASKED: gl.constexpr,
 ):  # fmt: skip
     """Adds the values of tile x - 1, of weights p, and computes the weights of tile x meanwhile."""
+    of_all = biases.beyond_ends(bias, start, tile * C.BN, C.R, C.BN, head, score)
     k = take(keys, x, C.SLOTS)
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BN, 16])
+    of_keys = biases.taken(beside_keys, x, S, C)
     if C.IN_TURN:
         await_turn(consumer, x)
-    started = start_inner(q, chunks(k, C), C.BN, C)
+    started = biases.start_scores(q, chunks(k, C), of_keys, C)
     v = tile_of(values, x, C.SLOTS)
     added = warpgroup_mma(p, v, acc, is_async=True)
     if C.IN_TURN:
         pass_turn(consumer, C.CONSUMERS, x)
     s = warpgroup_mma_wait(1, deps=(started,))
     s = scored(
-        s, i, lo, hi, tile, batch, head, sizes, mask, score, sources, SEEN, RUNS, ADDS, C, MASKED,
+        s, i, start, of_keys, of_all, bias, lo, hi, tile, batch, head, sizes, mask, score, sources,
+        SEEN, RUNS, ADDS, C, MASKED,
     )  # fmt: skip
-    p, sums, moves = softmax.step(s, m, to_log2, p.dtype, C.DV)
+    reference = biases.less(m, of_all, C)
+    p, sums, moves = softmax.step(s, reference, to_log2, p.dtype, C.DV)
     if C.CONSUMERS > 2:
         # Instructions of three consumers hardly fit in their cache: one branch, not two.
         acc = warpgroup_mma_wait(0, deps=(added,))
         leave(keys, x, C.SLOTS)
         if moves != 0:
-            p, sums, m, l, alpha = softmax.move(s, m, l, sums, to_log2, p.dtype, C.DV)
+            p, sums, reference, l, alpha = softmax.move(
+                s, reference, l, sums, to_log2, p.dtype, C.DV
+            )
+            m = biases.more(reference, m, alpha, of_all, C)
             acc = acc * softmax.like_rows(alpha, acc)
     else:
         # A branch before the wait, which the assembler would else move before the exponentials.
         alpha = gl.full([C.R], 1.0, gl.float32, m.type.layout)
         if moves != 0:
-            p, sums, m, l, alpha = softmax.move(s, m, l, sums, to_log2, p.dtype, C.DV)
+            p, sums, reference, l, alpha = softmax.move(
+                s, reference, l, sums, to_log2, p.dtype, C.DV
+            )
+            m = biases.more(reference, m, alpha, of_all, C)
         acc = warpgroup_mma_wait(0, deps=(added,))
         leave(keys, x, C.SLOTS)
         if moves != 0:
@@ -238,7 +268,7 @@ def forward_kernel(
     n_batch, n_heads, group, n_queries, n_keys, n_tiles, to_log2,
     left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
     tiles_of, tiles_batch, tiles_head,
-    factor, cap, sinks, pointers,
+    factor, cap, bias, table, unit, sinks, pointers,
     bias_batch, bias_head, bias_row, table_rows, table_row, first, last, origin,
     ROWS: gl.constexpr, SEEN: gl.constexpr, KEYS: gl.constexpr, RUNS: gl.constexpr,
     OPENS: gl.constexpr, ADDS: gl.constexpr, CODE: gl.constexpr, C: gl.constexpr,
@@ -251,17 +281,20 @@ def forward_kernel(
              table_rows, table_row, first, last, origin)  # fmt: skip
     dtype: gl.constexpr = Q.dtype.element_ty
     queries = ring(C.Q_SLOTS, C.R, C.D, 1, 1, dtype)
-    # Keys of a tile come with the values of the one before, as a step needs them.
-    keys = ring(C.SLOTS, C.BN, C.D, 1, C.CONSUMERS, dtype)
+    # Keys of a tile come with the values of the one before, as a step needs them, and with biases.
+    beside_keys = biases.room(bias, C)
+    keys = ring(C.SLOTS, C.BN, C.D, 1 + len(beside_keys), C.CONSUMERS, dtype)
     values = beside(keys, C.BN, C.DV)
     fence_async_shared()
     q_strides = (q_batch, q_head, q_row)
     k_strides = (k_batch, k_head, k_row)
     v_strides = (v_batch, v_head, v_row)
     o_strides = (o_batch, o_head, o_row)
-    given = (Q, K, V, q_strides, k_strides, v_strides, sizes, mask, n_tiles, queries, keys, values)
-    kept = (O, LSE, o_strides, sizes, mask, score, pointers, sinks, to_log2, n_tiles, queries, keys,
-            values)  # fmt: skip
+    biased = (bias, bias_batch, bias_head, table, unit)
+    given = (Q, K, V, q_strides, k_strides, v_strides, sizes, mask, biased, n_tiles,
+             queries, keys, values, beside_keys)  # fmt: skip
+    kept = (O, LSE, o_strides, sizes, mask, score, biased, pointers, sinks, to_log2, n_tiles,
+            queries, keys, values, beside_keys)  # fmt: skip
     if C.CONSUMERS == 2:
         gl.warp_specialize(
             [
@@ -304,7 +337,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
         tile, fixed = crews.tuned(call, "forward")
         n_batch, n_heads, _, n_queries, n_keys = call.sizes
         n_tiles = setups.cdiv(n_queries, tile.BM)
-        added = terms.terms_of(call, both=False)
+        added = biases.added_of(call)
         steps.launch(
             forward_kernel,
             crews.programs(call, "forward", n_tiles * n_batch * n_heads),
@@ -312,13 +345,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
             *(q, k, v, out, lse),
             *call.strides(q, k, v, out),
             *(*call.sizes, n_tiles),
-            crews.to_log2(call, added.straight),
+            crews.to_log2(call),
             *call.mask.arguments(
                 tile_lists.key_tiles(steps, call.mask, tile, fixed.R, n_queries, n_keys)
             ),
-            *(*call.cap, options.sinks, added.straight.pointers, *added.numbers[:8]),
+            *(*call.cap, added.bias, added.table, added.unit, options.sinks),
+            *(added.composed.pointers, *added.numbers),
             *(call.mask.rows, call.mask.seen, crews.keys_of(call.mask), call.mask.has_runs),
-            *(added.straight.opens, added.straight.adds, added.straight.code, fixed),
+            *(added.composed.opens, added.composed.adds, added.composed.code, fixed),
         )
         plan.keep(steps, out, lse)
     return out, lse

@@ -26,6 +26,7 @@ Source: Shah et al., FlashAttention-3 (2024), section 3.1 and appendix B.1.
 
 from triton import constexpr_function
 
+from flashpatch_kernels.hopper import biases
 from flashpatch_kernels.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -279,23 +280,31 @@ def own_tiles(kept, keys, values, consumer: gl.constexpr, x, C: gl.constexpr):
 
 @jit
 def consume_step(
-    dk, dv, kept, rings, x, tile, head, j, place, mask, score, sources, to_log2,
+    dk, dv, sums, near, kept, rings, x, tile, head, own, place, mask, score, sources, to_log2,
     consumer: gl.constexpr, ROWS: gl.constexpr, SEEN: gl.constexpr, RUNS: gl.constexpr,
     ADDS: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
-    """Adds what a tile of queries of a head gives to dk and dv, and hands on its dS."""
+    """Adds what a tile of queries of a head gives to dk, dv and sums of dS, and hands on its dS.
+
+    `own` is (the consumer's keys j [R], the first of them, `bias`); `sums` and `near` are
+    as in `biases.with_ds`.
+    """
+    j, start, bias = own
     queries, douts, keys, values, dss, lse, minus_delta = rings
     k, v = own_tiles(kept, keys, values, consumer, x, C)
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])
     dtype: gl.constexpr = keys[0].dtype
     slot = x % C.SLOTS
+    of_keys = biases.of_rows(bias, place[4], head, start, place[0][4], S, C)
+    of_all = biases.beyond_ends(bias, tile * C.BM, start, C.BM, C.R, head, score)
     q = take(queries, x, C.SLOTS)  # [BM, D]
     s_started = start_inner(k, chunks(q, C), C.BM, C)
     st = warpgroup_mma_wait(0, deps=(s_started,))  # [R, BM]
     less = lse.index(slot).load(gl.SliceLayout(0, S))
     pt, factor = weights(
-        st, less, j, tile, head, place, mask, score, sources, to_log2, ROWS, SEEN, RUNS, ADDS, C
-    )
+        st, less, j, start, of_keys, of_all, bias, tile, head, place, mask, score, sources,
+        to_log2, ROWS, SEEN, RUNS, ADDS, C,
+    )  # fmt: skip
     do = take(douts, x, C.SLOTS)  # [BM, D]
     less = minus_delta.index(slot).load(gl.SliceLayout(0, S))
     if packed(C):
@@ -304,7 +313,9 @@ def consume_step(
     dp_started = start_inner(v, chunks(do, C), C.BM, C, less)
     dv_started = warpgroup_mma(operand(pt, dtype, C.D), do, dv, is_async=True)
     dpt = warpgroup_mma_wait(1, deps=(dp_started,))  # [R, BM]
-    dst = (times_unpacked(dpt, factor) if packed(C) else dpt * factor).to(dtype)
+    dst = times_unpacked(dpt, factor) if packed(C) else dpt * factor
+    sums = biases.with_ds(sums, dst, tile * C.BM, start, near)
+    dst = dst.to(dtype)
     dk_started = warpgroup_mma(operand(dst, dtype, C.D), q, dk, is_async=True)
     if len(dss) > 0:  # while that goes on, because its way to memory is awaited
         give(dss, x * C.CONSUMERS + consumer, dst, 2 * C.CONSUMERS)
@@ -312,7 +323,7 @@ def consume_step(
     leave(douts, x, C.SLOTS)
     dk = warpgroup_mma_wait(0, deps=(dk_started,))
     leave(queries, x, C.SLOTS)
-    return dk, dv
+    return dk, dv, sums
 
 
 @jit
@@ -322,8 +333,9 @@ def consume(
     OPENS: gl.constexpr, ADDS: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """Dk and dv of R keys of every tile of this program."""
-    (DK, DV, dk_strides, dv_strides, sizes, mask, score, pointers, scale, to_log2, n_tiles,
-     queries, douts, keys, values, dss, keys_read, lse, minus_delta) = given  # fmt: skip
+    (DK, DV, DBIAS, ENDS, near, dk_strides, dv_strides, sizes, mask, score, bias, pointers, scale,
+     to_log2, n_tiles, queries, douts, keys, values, dss, keys_read,
+     lse, minus_delta) = given  # fmt: skip
     n_batch, n_heads, group, n_queries, n_keys = sizes
     kv_heads = n_heads // group
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])
@@ -334,9 +346,10 @@ def consume(
     dv_matrix = matrix(DV, dv_strides, n_batch, kv_heads, n_keys, C.SIZE, C.R, C.D)
     done = 0
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
-        tile, _, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
+        tile, bh, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
         start = tile * C.BN
         t0, t1, t2, t3 = QUERIES(mask, batch, g, start, n_queries, n_keys, C.BM, C.BN)
+        row = start + consumer * C.R
         j = start + consumer * C.R + gl.arange(0, C.R, gl.SliceLayout(1, S))
         # Keys that nobody sees, or that do not exist, must not reach dQ.
         always = start + C.BN > n_keys
@@ -347,6 +360,7 @@ def consume(
         sources = scores.opened(of_row, g * group, start, pointers, OPENS, C.R, C.BM)
         dk = gl.full([C.R, C.D], 0.0, gl.float32, A)
         dv = gl.full([C.R, C.D], 0.0, gl.float32, A)
+        sums = biases.no_sums(DBIAS, ENDS, S, C)
         k = take(keys, turn * CONSUMERS + consumer, CONSUMERS)
         v = take(values, turn * CONSUMERS + consumer, CONSUMERS)
         kept = ()
@@ -360,12 +374,13 @@ def consume(
         begin = course(tile, n_tiles, t0, met, group, C)
         for y in range(n):
             head, x = step_place(y, begin, g * group, met, C)
-            dk, dv = consume_step(
-                dk, dv, kept, rings, done + y, t0 + x, head, j, where, mask, of_row,
-                sources, to_log2, consumer, ROWS, SEEN, RUNS, ADDS, C,
+            dk, dv, sums = consume_step(
+                dk, dv, sums, near, kept, rings, done + y, t0 + x, head, (j, row, bias), where,
+                mask, of_row, sources, to_log2, consumer, ROWS, SEEN, RUNS, ADDS, C,
             )  # fmt: skip
         done += n
-        row = start + consumer * C.R
+        part = tile * CONSUMERS + consumer
+        biases.store_sums(sums, DBIAS, ENDS, bh, part, j, sizes, C)
         v.store(dv.to(dtype))
         fence_async_shared()
         tma_store(dv_matrix, [batch, g, row, 0], values[0].index(consumer))
@@ -381,14 +396,14 @@ def consume(
 
 @kernel
 def joint_kernel(
-    Q, K, V, DO, STATS, DQ, COUNTS, DK, DV,
+    Q, K, V, DO, STATS, DQ, COUNTS, DBIAS, ENDS, DK, DV,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     do_batch, do_head, do_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
-    dq_batch, dq_head, dq_row,
+    dq_batch, dq_head, dq_row, near_first, near_end, near_rows,
     n_batch, n_heads, group, n_queries, n_keys, n_tiles, scale, to_log2,
     left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
     tiles_of, tiles_batch, tiles_head,
-    factor, cap, pointers,
+    factor, cap, bias, table, unit, pointers,
     bias_batch, bias_head, bias_row, table_rows, table_row, first, last, origin,
     ROWS: gl.constexpr, SEEN: gl.constexpr, QUERIES: gl.constexpr, RUNS: gl.constexpr,
     OPENS: gl.constexpr, ADDS: gl.constexpr, CODE: gl.constexpr, C: gl.constexpr,
@@ -429,8 +444,9 @@ def joint_kernel(
     dq_strides = (dq_batch, dq_head, dq_row)
     given = (Q, K, V, DO, STATS, q_strides, k_strides, v_strides, do_strides, sizes,
              mask, n_tiles, queries, douts, keys, values, lse, minus_delta)  # fmt: skip
-    kept = (DK, DV, dk_strides, dv_strides, sizes, mask, score, pointers, scale, to_log2, n_tiles,
-            queries, douts, keys, values, dss, keys_read, lse, minus_delta)  # fmt: skip
+    kept = (DK, DV, DBIAS, ENDS, (near_first, near_end, near_rows), dk_strides, dv_strides, sizes,
+            mask, score, (bias, bias_batch, bias_head, table, unit), pointers, scale, to_log2,
+            n_tiles, queries, douts, keys, values, dss, keys_read, lse, minus_delta)  # fmt: skip
     collected = (sizes, mask, n_tiles, keys, dss, sums, keys_read)
     summed = (DQ, dq_strides, sizes, mask, n_tiles, sums, added, counts)
     counted = (sizes, mask, n_tiles, added, counts)

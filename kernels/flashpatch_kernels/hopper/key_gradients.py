@@ -11,6 +11,7 @@ multiplies.
 Letters: B batch, H query heads, N queries, M keys, D head size.
 """
 
+from flashpatch_kernels.hopper import biases
 from flashpatch_kernels.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -105,7 +106,7 @@ def weigh(
     OPENS: gl.constexpr, ADDS: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """P of every tile of this program, and dV."""
-    (DV, dv_strides, sizes, mask, score, pointers, to_log2, n_tiles,
+    (DV, dv_strides, sizes, mask, score, bias, pointers, to_log2, n_tiles,
      queries, douts, keys, values, lse, ps) = given  # fmt: skip
     n_batch, n_heads, group, n_queries, n_keys = sizes
     kv_heads = n_heads // group
@@ -143,9 +144,13 @@ def weigh(
                 if b == BLOCKS - 1:
                     leave(queries, x, C.SLOTS)
                 head = g * group + y // met
+                n = start + b * C.R
+                of_keys = biases.of_rows(bias, batch, head, n, n_keys, S, C)
+                m = (t0 + y % met) * C.BM
+                of_all = biases.beyond_ends(bias, m, n, C.BM, C.R, head, of_row)
                 pt, factor = weights(
-                    st, less, within + b * C.R, t0 + y % met, head, where, mask, of_row, sources,
-                    to_log2, ROWS, SEEN, RUNS, ADDS, C,
+                    st, less, within + b * C.R, n, of_keys, of_all, bias, t0 + y % met, head,
+                    where, mask, of_row, sources, to_log2, ROWS, SEEN, RUNS, ADDS, C,
                 )  # fmt: skip
                 give(ps, x * BLOCKS + b, factor.to(dtype), 2 * BLOCKS)
                 do = take(douts, x, C.SLOTS)
@@ -213,7 +218,7 @@ def key_kernel(
     n_batch, n_heads, group, n_queries, n_keys, n_tiles, scale, to_log2,
     left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
     tiles_of, tiles_batch, tiles_head,
-    factor, cap, pointers,
+    factor, cap, bias, table, unit, pointers,
     bias_batch, bias_head, bias_row, table_rows, table_row, first, last, origin,
     ROWS: gl.constexpr, SEEN: gl.constexpr, QUERIES: gl.constexpr, RUNS: gl.constexpr,
     OPENS: gl.constexpr, ADDS: gl.constexpr, CODE: gl.constexpr, C: gl.constexpr,
@@ -244,7 +249,8 @@ def key_kernel(
     dv_strides = (dv_batch, dv_head, dv_row)
     given = (Q, K, V, DO, STATS, q_strides, k_strides, v_strides, do_strides, sizes,
              mask, n_tiles, queries, douts, keys, values, lse, minus_delta)  # fmt: skip
-    of_weights = (DV, dv_strides, sizes, mask, score, pointers, to_log2, n_tiles,
+    biased = (bias, bias_batch, bias_head, table, unit)
+    of_weights = (DV, dv_strides, sizes, mask, score, biased, pointers, to_log2, n_tiles,
                   queries, douts, keys, values, lse, ps)  # fmt: skip
     of_keys = (DK, dk_strides, sizes, mask, scale, n_tiles,
                queries, douts, keys, values, minus_delta, ps)  # fmt: skip

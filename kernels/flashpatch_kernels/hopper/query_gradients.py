@@ -9,6 +9,7 @@ Source: Dao, FlashAttention-2 (2023), algorithm 2, of which this is the part for
 
 from triton import constexpr_function
 
+from flashpatch_kernels.hopper import biases
 from flashpatch_kernels.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -35,8 +36,8 @@ def value_slots(C):
 @jit
 def produce(given, KEYS: gl.constexpr, RUNS: gl.constexpr, C: gl.constexpr):
     """Reads, for every tile of this program, its queries and the keys and values they meet."""
-    (Q, K, V, DO, q_strides, k_strides, v_strides, do_strides, sizes, mask, n_tiles,
-     queries, douts, keys, values) = given  # fmt: skip
+    (Q, K, V, DO, q_strides, k_strides, v_strides, do_strides, sizes, mask, bias, n_tiles,
+     queries, douts, keys, values, beside_keys) = given  # fmt: skip
     n_batch, n_heads, group, n_queries, n_keys = sizes
     q = matrix(Q, q_strides, n_batch, n_heads, n_queries, C.SIZE, C.R, C.D)
     do = matrix(DO, do_strides, n_batch, n_heads, n_queries, C.VALUE_SIZE, C.R, C.DV)
@@ -54,7 +55,9 @@ def produce(given, KEYS: gl.constexpr, RUNS: gl.constexpr, C: gl.constexpr):
             if x == 0:
                 for c in gl.static_range(CONSUMERS):
                     put(queries, turn * CONSUMERS + c, q, batch, head, start + c * C.R, CONSUMERS)
+            its_bias = biases.of_columns(bias, batch, head, key, n_keys, C)
             put(keys, done + x, k, batch, head // group, key, C.SLOTS)
+            biases.put(keys, beside_keys, done + x, its_bias, C)
             if x == 0:
                 for c in gl.static_range(CONSUMERS):
                     put(douts, turn * CONSUMERS + c, do, batch, head, start + c * C.R, CONSUMERS)
@@ -69,8 +72,8 @@ def consume(
     OPENS: gl.constexpr, ADDS: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """DQ of R queries of every tile of this program."""
-    (DQ, STATS, dq_strides, sizes, mask, score, pointers, scale, to_log2, n_tiles,
-     queries, douts, keys, values) = given  # fmt: skip
+    (DQ, STATS, dq_strides, sizes, mask, score, bias, pointers, scale, to_log2, n_tiles,
+     queries, douts, keys, values, beside_keys) = given  # fmt: skip
     n_batch, n_heads, _group, n_queries, n_keys = sizes
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BN, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D, 16])
@@ -84,7 +87,8 @@ def consume(
         t0, t1, t2, t3 = KEYS(mask, batch, head, start, n_queries, n_keys, C.BM, C.BN, RUNS)
         n = gl.maximum(t3 - t0, 1)
         edges = gl.minimum(n, gl.maximum(t1 - t0 + t3 - t2, 1))
-        i = start + consumer * C.R + gl.arange(0, C.R, gl.SliceLayout(1, S))
+        own_start = start + consumer * C.R
+        i = own_start + gl.arange(0, C.R, gl.SliceLayout(1, S))
         stats = STATS + bh.to(gl.int64) * n_queries + i
         n_rows = n_batch.to(gl.int64) * n_heads * n_queries
         lse = gl.load(stats, mask=i < n_queries, other=float("inf"))
@@ -104,16 +108,23 @@ def consume(
             q = queries[0].index(mine).reshape([C.R, C.D])
             do = douts[0].index(mine).reshape([C.R, C.DV])
             k = take(keys, done + x, C.SLOTS)
-            s_started = start_inner(chunks(q, C), chunks(k, C), C.BN, C)
+            key = edges_first(x, t0, t1, t2, t3) * C.BN
+            of_all = biases.beyond_ends(bias, own_start, key, C.R, C.BN, head, of_row)
+            of_keys = biases.taken(beside_keys, done + x, S, C)
+            s_started = biases.start_scores(chunks(q, C), chunks(k, C), of_keys, C)
             do, v = value_chunks(do, C), value_chunks(take(values, done + x, value_slots(C)), C)
             dp_started = start_inner(do, v, C.BN, C)
             s = warpgroup_mma_wait(len(v), deps=(s_started,))  # [R, BN]
-            key = edges_first(x, t0, t1, t2, t3) * C.BN
             j = gl.expand_dims(key + gl.arange(0, C.BN, gl.SliceLayout(0, S)), 0)
             t = s
             if not C.PLAIN:
-                s, t = scored(s, row, j, key, head, of_row, sources, C, ADDS)
-            p = gl.exp2(s * to_log2 - gl.expand_dims(lse, 1))
+                s, t = scored(
+                    s, row, j, own_start, key, head, biases.levels(of_keys, of_all), bias, of_row,
+                    sources, C, ADDS,
+                )  # fmt: skip
+            elif bias[3] is not None:
+                s = biases.with_entries(s, row, j, own_start, key, head, bias, of_row)
+            p = gl.exp2(s * to_log2 - gl.expand_dims(biases.less(lse, of_all, C), 1))
             if not C.PLAIN:
                 p = scores.product_gradient(p, t, row, j, head, of_row, sources, C, ADDS)
             if x < edges:
@@ -147,7 +158,7 @@ def query_kernel(
     n_batch, n_heads, group, n_queries, n_keys, n_tiles, scale, to_log2,
     left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
     tiles_of, tiles_batch, tiles_head,
-    factor, cap, pointers,
+    factor, cap, bias, table, unit, pointers,
     bias_batch, bias_head, bias_row, table_rows, table_row, first, last, origin,
     ROWS: gl.constexpr, SEEN: gl.constexpr, KEYS: gl.constexpr, RUNS: gl.constexpr,
     OPENS: gl.constexpr, ADDS: gl.constexpr, CODE: gl.constexpr, C: gl.constexpr,
@@ -161,7 +172,8 @@ def query_kernel(
     dtype: gl.constexpr = Q.dtype.element_ty
     queries = ring(C.CONSUMERS, C.R, C.D, 1, 1, dtype)
     douts = ring(C.CONSUMERS, C.R, C.DV, 1, 1, dtype)
-    keys = ring(C.SLOTS, C.BN, C.D, 1, C.CONSUMERS, dtype)
+    beside_keys = biases.room(bias, C)
+    keys = ring(C.SLOTS, C.BN, C.D, 1 + len(beside_keys), C.CONSUMERS, dtype)
     values = ring(value_slots(C), C.BN, C.DV, 1, C.CONSUMERS, dtype)
     fence_async_shared()
     q_strides = (q_batch, q_head, q_row)
@@ -169,10 +181,11 @@ def query_kernel(
     v_strides = (v_batch, v_head, v_row)
     do_strides = (do_batch, do_head, do_row)
     dq_strides = (dq_batch, dq_head, dq_row)
-    given = (Q, K, V, DO, q_strides, k_strides, v_strides, do_strides, sizes, mask, n_tiles,
-             queries, douts, keys, values)  # fmt: skip
-    kept = (DQ, STATS, dq_strides, sizes, mask, score, pointers, scale, to_log2, n_tiles,
-            queries, douts, keys, values)  # fmt: skip
+    biased = (bias, bias_batch, bias_head, table, unit)
+    given = (Q, K, V, DO, q_strides, k_strides, v_strides, do_strides, sizes, mask, biased, n_tiles,
+             queries, douts, keys, values, beside_keys)  # fmt: skip
+    kept = (DQ, STATS, dq_strides, sizes, mask, score, biased, pointers, scale, to_log2, n_tiles,
+            queries, douts, keys, values, beside_keys)  # fmt: skip
     gl.warp_specialize(
         [
             (produce, (given, KEYS, RUNS, C)),

@@ -3,8 +3,10 @@
 A cap to which nothing is added is part of the factor from scores to base 2 (`crews.to_log2`).
 """
 
+from flashpatch_kernels.hopper import biases
 from flashpatch_kernels.hopper.gluon import gl, jit
 from flashpatch_kernels.triton import scores
+from flashpatch_kernels.triton.tiles import LOG2E
 
 
 @jit
@@ -17,27 +19,40 @@ def read_stats(STATS, head, row, n_rows, n_queries, C: gl.constexpr):
 
 
 @jit
-def scored(s, row, column, n, head, score, sources, C: gl.constexpr, ADDS: gl.constexpr):
-    """Scores of products of a tile whose first key is n, but for a cap that is part of the factor.
+def scored(
+    s, row, column, m, n, head, levels, bias, score, sources, C: gl.constexpr, ADDS: gl.constexpr
+):
+    """Scores of products of a tile, but for a cap that is part of the factor.
+
+    The tile begins with query m and key n, and keys may be beyond the last, because no term of
+    these kernels reads by their numbers; `levels` are biases of keys, and what a table adds to all
+    (see `biases`), if there are any.
 
     Returns:
         The scores, and the hyperbolic tangent that a cap took of the products.
     """
-    # No term of these kernels reads by the keys' numbers, which may be beyond the last.
-    s, t = scores.scores(s, row, column, 0, n, head, None, score, sources, C, ADDS)
-    return s if len(ADDS) > 0 else t, t
+    if len(levels) > 0:
+        level = levels[0] + levels[1] if len(levels) > 1 else levels[0]
+        s, t = scores.scores(s, row, column, m, n, head, level, score, sources, C, ADDS)
+        if bias[3] is not None:
+            s = biases.with_entries(s, row, column, m, n, head, bias, score)
+        return s, t
+    else:
+        s, t = scores.scores(s, row, column, m, n, head, None, score, sources, C, ADDS)
+        return s if len(ADDS) > 0 else t, t
 
 
 @jit
 def weights(
-    st, lse, j, tile, head, place, mask, score, sources, to_log2,
+    st, lse, j, n, of_keys, of_all, bias, tile, head, place, mask, score, sources, to_log2,
     ROWS: gl.constexpr, SEEN: gl.constexpr, RUNS: gl.constexpr,
     ADDS: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
-    """P^T from products [R, BM] of the keys j [R] and a tile of queries.
+    """P^T from products [R, BM] of the keys j [R], from n on, and a tile of queries.
 
     `place` is (sizes, the tiles t1 .. t2 of queries that see all these keys, whether those must be
-    looked at as well, batch).
+    looked at as well, batch); the biases of keys [R, 1], what a table adds to all, and `bias` as in
+    `biases`.
 
     Returns:
         P^T [R, BM], and what dP^T is multiplied by: P^T times the derivative of scores by products.
@@ -50,9 +65,18 @@ def weights(
     row = gl.expand_dims(inside, 0)
     column = gl.expand_dims(j, 1)
     t = st
+    less = gl.expand_dims(lse, 0)
     if not C.PLAIN:
-        st, t = scored(st, row, column, 0, head, score, sources, C, ADDS)
-    pt = gl.exp2(st * to_log2 - gl.expand_dims(lse, 0))
+        st, t = scored(
+            st, row, column, tile * C.BM, n, head, of_keys + of_all, bias, score, sources, C, ADDS
+        )  # fmt: skip
+    else:
+        if bias[3] is not None:
+            st = st + of_all[0] * bias[4]
+            st = biases.with_entries(st, row, column, tile * C.BM, n, head, bias, score)
+        if len(of_keys) > 0:
+            less = less - of_keys[0] * LOG2E
+    pt = gl.exp2(st * to_log2 - less)
     if always | (tile < t1) | (tile >= t2):
         lo, hi = ROWS(mask, batch, inside, n_queries, n_keys)
         seen = SEEN(

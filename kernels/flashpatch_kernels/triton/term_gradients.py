@@ -261,14 +261,18 @@ def bias_gradient(shared: Shared, bias: Tensor) -> Tensor:
 
 def table_gradient(shared: Shared, table: Tensor, ends: Tensor | None) -> Tensor:
     """The gradient of a table [H, T]; `ends` as `entries_kernel` takes it."""
+    return table_sums(shared, table, ends, 0).to(table.dtype)
+
+
+def table_sums(shared: Shared, table: Tensor, ends: Tensor | None, reach: int) -> Tensor:
+    """The sums of ds by distance, for a table [H, T] and `reach` distances beyond either end."""
     call = shared.call
-    n_batch, n_heads, _, n_queries, n_keys = call.sizes
+    n_batch, n_heads, _, n_queries, _ = call.sizes
     tile, _ = call.tuned("sums")
-    entries = table.shape[1]
-    first = 1 - n_queries if call.options.first is None else call.options.first
-    low, high = max(first, 1 - n_queries), min(first + entries, n_keys) - 1
-    out = table.new_empty(table.shape)
-    first_diagonal, n_diagonals, n_chunks = diagonals(call, low, high)
+    entries = table.shape[1] + 2 * reach
+    first = (1 - n_queries if call.options.first is None else call.options.first) - reach
+    out = table.new_empty((n_heads, entries), dtype=torch.float32)
+    first_diagonal, n_diagonals, n_chunks = table_diagonals(call)
     sums = table.new_empty((n_heads, n_diagonals, n_chunks, 2 * tile.BM), dtype=torch.float32)
     if n_diagonals:
         functions = (table_steps, table_place, table_finish)
@@ -285,6 +289,15 @@ def table_gradient(shared: Shared, table: Tensor, ends: Tensor | None) -> Tensor
         *(tile.BM, tile.BN, width),
     )
     return out
+
+
+def table_diagonals(call: setups.Setup) -> tuple[int, int, int]:
+    """The diagonals of tiles that a table's own sums are of, see `diagonals`."""
+    table, (_, _, _, n_queries, n_keys) = call.options.table, call.sizes
+    assert table is not None
+    first = 1 - n_queries if call.options.first is None else call.options.first
+    low, high = max(first, 1 - n_queries), min(first + table.shape[1], n_keys) - 1
+    return diagonals(call, low, high)
 
 
 def diagonals(call: setups.Setup, low: int, high: int) -> tuple[int, int, int]:

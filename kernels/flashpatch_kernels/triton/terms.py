@@ -86,6 +86,14 @@ class Terms(NamedTuple):
     far: bool
 
 
+NO_TERMS = Terms(NOTHING, NOTHING, (), far=False)
+
+
+def slopes_term(x: Tensor) -> Term:
+    """That of slopes, for tiles of either orientation."""
+    return Term(slopes.open, slopes.add, slopes.add, (x,))
+
+
 def terms_of(call: setups.Setup, *, both: bool) -> Terms:
     """The terms of a call, for tiles of `both` orientations or only [queries, keys]."""
     options = call.options
@@ -101,7 +109,7 @@ def terms_of(call: setups.Setup, *, both: bool) -> Terms:
         ):
             orientation.append(Term(opens, add, scores.nothing if call.far else add, (x,)))
     if options.slopes is not None:
-        one = Term(slopes.open, slopes.add, slopes.add, (options.slopes,))
+        one = slopes_term(options.slopes)
         straight.append(one)
         transposed.append(one)
     if options.bias is not None:

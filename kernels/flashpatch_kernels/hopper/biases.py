@@ -1,0 +1,326 @@
+"""What Hopper kernels add to scores beside slopes: a bias of keys, and one by distance, of a table.
+
+A bias of keys is a number for each key of a tile. Where keys are the columns of tiles, a thread has
+use for a quarter of the numbers: who reads the keys reads them too, once, and hands them on beside
+the keys. Where they are the rows, a thread has use for two, and reads them itself.
+
+A table that is constant beyond its ends adds one number to most tiles. In those between its ends,
+which are few, every thread looks its entries up.
+
+Where nothing else is done to products, scores are products (C.PLAIN), and biases are added in their
+unit, or to what exponents are relative to, of which a tile has a row or a column; and products of a
+tile begin with the biases of its keys.
+
+`bias` is (that of keys in float32, the strides of its batch and heads, the table in float32, what
+either is multiplied by beside products), None for what there is not; `score` as in `triton.scores`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashpatch_kernels.hopper import crews
+from flashpatch_kernels.hopper.gluon import gl, jit
+from flashpatch_kernels.hopper.products import start_inner
+from flashpatch_kernels.hopper.rings import put_numbers
+from flashpatch_kernels.hopper.softmax import lane_sums
+from flashpatch_kernels.triton import setups, term_gradients, terms
+from flashpatch_kernels.triton.stats import Shared
+from flashpatch_kernels.triton.tiles import LOG2E
+
+
+@jit
+def of_keys(bias, batch, head, start, n_keys, KEYS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The biases of the keys from `start` on, [KEYS]; 0 beyond the last."""
+    base, batch_stride, head_stride, _table, _unit = bias
+    j = start + gl.arange(0, KEYS, LAYOUT)
+    at = base + batch.to(gl.int64) * batch_stride + head.to(gl.int64) * head_stride
+    return gl.load(at + j, mask=j < n_keys, other=0.0)
+
+
+@jit
+def of_columns(bias, batch, head, start, n_keys, C: gl.constexpr):
+    """As `of_keys`, of a tile of keys and beside products, for who reads it; nothing without."""
+    if bias[0] is not None:
+        layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+        return (of_keys(bias, batch, head, start, n_keys, C.BN, layout) * bias[4],)
+    else:
+        return ()
+
+
+@jit
+def of_rows(bias, batch, head, start, n_keys, S: gl.constexpr, C: gl.constexpr):
+    """As `of_keys`, of the R keys that are the rows of tiles of layout S: [R, 1]."""
+    if bias[0] is not None:
+        column = of_keys(bias, batch, head, start, n_keys, C.R, gl.SliceLayout(1, S))
+        return (gl.expand_dims(column, 1),)
+    else:
+        return ()
+
+
+@jit
+def room(bias, C: gl.constexpr):
+    """Memory for the biases of tiles of keys, [SLOTS, BN]; nothing without a bias."""
+    if bias is None:
+        return ()
+    else:
+        row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        return (gl.allocate_shared_memory(gl.float32, [C.SLOTS, C.BN], row),)
+
+
+@jit
+def put(keys, beside_keys, number, x, C: gl.constexpr):
+    """Writes the biases of a tile of a ring of keys beside it, if there are any."""
+    if len(beside_keys) > 0:
+        put_numbers(keys, beside_keys[0], number, x[0], C.SLOTS)
+
+
+@jit
+def taken(beside_keys, number, S: gl.constexpr, C: gl.constexpr):
+    """The biases [BN] of a tile of keys that is known to be there; nothing without them."""
+    if len(beside_keys) > 0:
+        return (beside_keys[0].index(number % C.SLOTS).load(gl.SliceLayout(0, S)),)
+    else:
+        return ()
+
+
+@jit
+def start_scores(q, k, of_keys, C: gl.constexpr):
+    """Issues Q K^T, to which biases [BN] of keys are added where scores are products."""
+    if C.PLAIN and len(of_keys) > 0:
+        return start_inner(q, k, C.BN, C, of_keys[0])
+    else:
+        return start_inner(q, k, C.BN, C)
+
+
+@jit
+def levels(of_keys, of_all):
+    """What is added to all scores of a column [BN], and of a tile, of [R, BN]."""
+    if len(of_keys) > 0:
+        return (gl.expand_dims(of_keys[0], 0),) + of_all
+    else:
+        return of_all
+
+
+@jit
+def near(m, n, QUERIES: gl.constexpr, KEYS: gl.constexpr, score):
+    """Whether a tile that begins with query m and key n has distances between a table's ends."""
+    return (n + KEYS - 1 - m > score[12]) & (n - (m + QUERIES - 1) < score[13])
+
+
+@jit
+def beyond_ends(bias, m, n, QUERIES: gl.constexpr, KEYS: gl.constexpr, head, score):
+    """What a table adds to a tile that is not `near`, and 0 for one that is; nothing without it.
+
+    Asked for before products are awaited, because it takes its time.
+    """
+    table = bias[3]
+    if table is not None:
+        distance = n - (m + QUERIES - 1)
+        at = gl.minimum(gl.maximum(distance, score[12]), score[13]) - score[12]
+        x = gl.load(table + head.to(gl.int64) * score[11] + at)
+        return (gl.where(near(m, n, QUERIES, KEYS, score), 0.0, x),)
+    else:
+        return ()
+
+
+@jit
+def with_entries(s, i, j, m, n, head, bias, score):
+    """A tile of scores with a table's biases of its distances j - i, if it is `near`.
+
+    They are looked up one by one: as one block of loads they would take registers for as many
+    addresses and numbers as there are scores.
+    """
+    text: gl.constexpr = (
+        "{ .reg .s32 distance; .reg .b64 at; .reg .f32 x; sub.s32 distance, $2, $3; "
+        "max.s32 distance, distance, $4; min.s32 distance, distance, $5; "
+        "mad.wide.s32 at, distance, 4, $6; ld.global.nc.f32 x, [at]; fma.rn.f32 $0, x, $7, $1; }"
+    )
+    QUERIES: gl.constexpr = i.shape[0] * i.shape[1]
+    KEYS: gl.constexpr = j.shape[0] * j.shape[1]
+    if near(m, n, QUERIES, KEYS, score):
+        base = (bias[3] + (head.to(gl.int64) * score[11] - score[12])).to(gl.uint64)
+        s = gl.inline_asm_elementwise(
+            text, "=f,f,r,r,r,r,l,f", [s, j, i, score[12], score[13], base, bias[4]],
+            dtype=gl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return s
+
+
+@jit
+def less(x, of_all, C: gl.constexpr):
+    """What exponents are relative to, in base 2, less what a table adds to all of a tile."""
+    if C.PLAIN and len(of_all) > 0:
+        return x - of_all[0] * LOG2E
+    else:
+        return x
+
+
+@jit
+def more(x, old, alpha, of_all, C: gl.constexpr):
+    """Of a reference that may have moved, by alpha, what `less` was given; the old one if not."""
+    if C.PLAIN and len(of_all) > 0:
+        return gl.where(alpha == 1.0, old, x + of_all[0] * LOG2E)
+    else:
+        return x
+
+
+@jit
+def no_sums(BIAS, ENDS, S: gl.constexpr, C: gl.constexpr):
+    """Sums of dS^T over no queries, by the lanes that share a row: those that have a place.
+
+    Returns:
+        For BIAS one sum [R, 4] of every key; for ENDS two, of the tiles below and above those that
+        a table's own sums are of.
+    """
+    zero = lane_sums(gl.full([C.R, C.BM], 0.0, gl.float32, S))
+    of_keys, of_ends = (), ()
+    if BIAS is not None:
+        of_keys = (zero,)
+    if ENDS is not None:
+        of_ends = (zero, zero)
+    return of_keys, of_ends
+
+
+@jit
+def with_ds(sums, dst, m, n, near):
+    """The sums with those of a tile dS^T [R, BM] that begins with query m and key n.
+
+    `near` is (the first and the end of the distances n - m at which tiles begin that a table's own
+    sums are of, how many queries such a tile has).
+    """
+    of_keys, of_ends = sums
+    if len(of_keys) > 0 or len(of_ends) > 0:
+        x = lane_sums(dst)
+        if len(of_keys) > 0:
+            of_keys = (of_keys[0] + x,)
+        if len(of_ends) > 0:
+            first, end, rows = near
+            distance = n - m // rows * rows
+            below = gl.where(distance < first, x, 0.0)
+            above = gl.where(distance >= end, x, 0.0)
+            of_ends = of_ends[0] + below, of_ends[1] + above
+    return of_keys, of_ends
+
+
+@jit
+def store_sums(sums, BIAS, ENDS, bh, part, j, sizes, C: gl.constexpr):
+    """Stores the sums of the keys j [R] of a head of a row of the batch.
+
+    BIAS is [B, H_kv, M]; ENDS is [2, B, H, parts], one for every R keys.
+    """
+    n_batch, n_heads, _group, _n_queries, n_keys = sizes
+    of_keys, of_ends = sums
+    if len(of_keys) > 0:
+        x = gl.convert_layout(gl.sum(of_keys[0], 1), j.type.layout, assert_trivial=True)
+        gl.store(BIAS + bh.to(gl.int64) * n_keys + j, x, mask=j < n_keys)
+    if len(of_ends) > 0:
+        n_parts = gl.cdiv(n_keys, C.R)
+        if part < n_parts:
+            at = ENDS + bh.to(gl.int64) * n_parts + part
+            gl.store(at, gl.sum(gl.sum(of_ends[0], 1), 0))
+            at += n_batch.to(gl.int64) * n_heads * n_parts
+            gl.store(at, gl.sum(gl.sum(of_ends[1], 1), 0))
+
+
+class Added(NamedTuple):
+    """What is added to the scores of a call, for tiles of both orientations.
+
+    Attributes:
+        composed: The terms that kernels are composed of: slopes.
+        bias: That of keys, in float32, or None.
+        table: In float32, or None.
+        unit: What either is multiplied by beside products.
+        numbers: As in `terms.Terms`, without vectors by distance.
+    """
+
+    composed: terms.Composed
+    bias: Tensor | None
+    table: Tensor | None
+    unit: float
+    numbers: tuple[int, ...]
+
+
+def added_of(call: setups.Setup) -> Added:
+    """What is added to the scores of a call."""
+    o, (*_, n_queries, n_keys) = call.options, call.sizes
+    slopes = [] if o.slopes is None else [terms.slopes_term(o.slopes)]
+    strides, ends, row, table = [0, 0, 0], (0, 0), 0, None
+    if o.table is not None:
+        table = o.table.float().contiguous()
+        row = table.shape[1]
+        first = 1 - n_queries if o.first is None else o.first
+        ends = first, first + row - 1
+    bias = None
+    if o.bias is not None:
+        bias = o.bias.float()
+        bias = bias if bias.stride(-1) == 1 else bias.contiguous()
+        strides = setups.strides(bias)
+    origin = n_keys - n_queries if o.offset is None else o.offset
+    unit = 1 / o.scale if crews.plain(call) else 1.0
+    return Added(terms.Composed.of(slopes), bias, table, unit, (*strides, 1, row, *ends, origin))
+
+
+class Sums(NamedTuple):
+    """Memory for what the joint kernel sums of dS for gradients of terms; None where it does not.
+
+    Attributes:
+        bias: For each key, [B, H_kv, M].
+        ends: What lies far below and far above the ends of a table, [2, B, H, parts].
+        near: What is not far, as `with_ds` has it.
+    """
+
+    bias: Tensor | None = None
+    ends: Tensor | None = None
+    near: tuple[int, int, int] = (0, 0, 1)
+
+
+def sums_of(call: setups.Setup, fixed: crews.Constants, needs: frozenset[str]) -> Sums:
+    """Memory for the sums of a call.
+
+    They are of all queries and heads that a tile of keys meets, and of dS before a cap is taken
+    into account. What they do not serve engine `triton` sums.
+
+    Args:
+        fixed: Of the joint kernel.
+    """
+    o, (n_batch, n_heads, group, _, n_keys) = call.options, call.sizes
+
+    def memory(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=call.device)
+
+    bias, ends, near = None, None, (0, 0, 1)
+    if o.softcap is None:
+        if o.bias is not None and "bias" in needs and (group == 1 or o.bias.shape[1] == 1):
+            bias = memory(n_batch, n_heads // group, n_keys)
+        tile, _ = call.tuned("sums")
+        inside = tile.BM % fixed.BM == 0 and tile.BN == fixed.R
+        if call.clamped and "table" in needs and group == 1 and inside:
+            ends = memory(2, n_batch, n_heads, setups.cdiv(n_keys, fixed.R))
+            first, number, _ = term_gradients.table_diagonals(call)
+            near = first * tile.BN, (first + number) * tile.BN, tile.BM
+    return Sums(bias, ends, near)
+
+
+def table_gradient(shared: Shared, table: Tensor, ends: Tensor) -> Tensor:
+    """The gradient of a table [H, T] from sums of what is far of its ends, [2, B, H, parts].
+
+    What is near is summed for each distance, of which those beyond the ends belong to them too.
+    """
+    tile, _ = shared.call.tuned("sums")
+    reach = tile.BM + tile.BN
+    near = term_gradients.table_sums(shared, table, None, reach)
+    below, grad, above = near.split((reach, table.shape[1], reach), 1)
+    far = ends.sum((1, 3))
+    grad[:, 0] += below.sum(1) + far[0]
+    grad[:, -1] += above.sum(1) + far[1]
+    return grad.to(table.dtype).contiguous()
+
+
+def bias_gradient(bias: Tensor, sums: Tensor) -> Tensor:
+    """The gradient of a bias of keys [B|1, H|1, 1, M] from sums of dS [B, H_kv, M]."""
+    shared = [x for x in (0, 1) if bias.shape[x] == 1]
+    if shared:
+        sums = sums.sum(shared, keepdim=True)
+    return sums[:, :, None].to(bias.dtype)
