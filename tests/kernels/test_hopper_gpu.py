@@ -107,9 +107,9 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(launching, "launch", spy_launch)
     monkeypatch.setattr(plans.Launch, "make", spy_make)
-    plans.shared.cache_clear()  # of launches that nobody spies on
+    plans.forget()  # of launches that nobody spies on
     yield names
-    plans.shared.cache_clear()
+    plans.forget()
 
 
 @pytest.fixture
@@ -366,7 +366,7 @@ def test_alike_calls_after_each_other(
 
     if in_order:
         request.getfixturevalue("deterministic")
-    plans.shared.cache_clear()
+    plans.forget()
     one = case(mask, terms=terms, n=333, d=d)
     kernels = (UNORDERED if in_order and mask == "causal keys" else SIZES)[d]
     compare(one, kernels)

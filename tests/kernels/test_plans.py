@@ -72,9 +72,9 @@ def launches(monkeypatch, driver):
         made.append(Launched(True, (n_programs, *rest[12:])))
 
     monkeypatch.setattr(launching, "launch", launch)
-    plans.shared.cache_clear()
+    plans.forget()
     yield made
-    plans.shared.cache_clear()
+    plans.forget()
 
 
 def tensors(b=2, h=4, h_kv=2, n=300, m=333, d=128, dv=128, dtype=torch.bfloat16):
@@ -116,7 +116,7 @@ def test_alike_calls_under_intervals_bring_these_as_well(launches, engine, runs)
         q, k, v = tensors()
         mask = intervals(runs=runs)
         out, lse = engine.forward(q, k, v, Options(mask=mask, scale=0.125))
-    plans.shared.cache_clear()
+    plans.forget()
     expected = engine.forward(q, k, v, Options(mask=mask, scale=0.125))
     n = len(launches) // 3
     again, anew = launches[n : 2 * n], launches[2 * n :]
@@ -155,7 +155,7 @@ def test_alike_calls_share_a_launch_and_bring_their_tensors(launches, engine, dt
         q, k, v = tensors(dtype=dtype)
         options = Options(**OPTIONS, sinks=torch.randn(4) if sinks else None)
         out, lse = engine.forward(q, k, v, options)
-    plans.shared.cache_clear()
+    plans.forget()
     expected = engine.forward(q, k, v, options)
     assert [one.again for one in launches] == [False, True, False]
     given = [options.sinks] if sinks else []
@@ -163,6 +163,32 @@ def test_alike_calls_share_a_launch_and_bring_their_tensors(launches, engine, dt
     assert [*map(id, anew)] == [*map(id, (q, k, v, *expected, *given))]
     assert launches[1].arguments == launches[2].addressed([q, k, v, out, lse, *given])
     assert [*map(layout, (out, lse))] == [*map(layout, expected)]
+
+
+@pytest.fixture(params=[False, True], ids=["recent", "not recent"])
+def recency(request, monkeypatch):
+    """Whether plans are found for being the last that were used, or by all that decides alone."""
+    if request.param:
+        monkeypatch.setattr(plans.Recent, "found", lambda *_: None)
+
+
+@ENGINES
+@pytest.mark.usefixtures("recency")
+def test_calls_in_turns_have_a_plan_each(launches, engine):
+    """With tensors that need gradients, at other addresses, of other sizes and of other strides."""
+    shapes = [
+        tensors,
+        lambda: changed(0, shifted),
+        lambda: tensors(n=301),
+        lambda: changed(2, spread),
+    ]
+    shapes.append(lambda: [x.requires_grad_() for x in tensors()])
+    for make in shapes * 2:
+        with torch.no_grad():
+            q, k, v = make()
+            made = engine.forward(q, k, v, Options(**OPTIONS))
+    assert [one.again for one in launches] == [False] * 4 + [True] * 6
+    assert launches[-1].arguments == launches[0].addressed([q, k, v, *made])
 
 
 # From what the calls below have, by what differs.
@@ -330,7 +356,7 @@ def check_alike(launches, engine, first, second, masks=()):
     first.run(engine, **given[0])
     n = len(launches)
     grads = second.run(engine, **given[1])
-    plans.shared.cache_clear()
+    plans.forget()
     expected = second.run(engine, **given[1])
     more = [x.data_ptr() for mask in masks[1:] for x in (mask.bounds, mask.runs) if x is not None]
     again, anew = launches[n : 2 * n], launches[2 * n :]
