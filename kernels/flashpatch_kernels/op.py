@@ -4,8 +4,9 @@
 schema can say, and the engine's name. They are what autograd, torch.compile and checkpointing see.
 """
 
+import os
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +20,7 @@ from flashpatch_kernels import checks, masks, reference, schema, sdpa, second_or
 from flashpatch_kernels.engines import Call, choose, computing_dtype, device_type
 from flashpatch_kernels.masks import Mask
 from flashpatch_kernels.options import TERMS, Options, Relative, Score
+from flashpatch_kernels.recent import Recent
 
 # Arguments of `attention` that go by the distance of query and key, or by their place.
 PLACED = (
@@ -105,35 +107,71 @@ def attention(
 
     Source: Dao, FlashAttention-2 (2023); the sources of the terms stand in `Options`.
     """
-    checks.check_tensors(q, k, v)
-    batch, heads, n_queries, head_size = q.shape
-    table, first = checks.to_table(table, first, q, k)
-    options = Options(
-        mask=checks.to_mask(q, k, causal=causal, window=window, mask=mask),
-        scale=checks.to_scale(scale, head_size),
-        softcap=checks.to_softcap(softcap),
-        table=table,
-        first=first,
-        slopes=checks.to_term("slopes", slopes, (heads,), q),
-        bias=checks.to_term(
-            "bias", bias, (batch, heads, n_queries, k.shape[2]), q, broadcast=(0, 1, 2)
-        ),
-        sinks=checks.to_term("sinks", sinks, (heads,), q),
-        relative_queries=checks.to_relative("relative_queries", relative_queries, q, None, q),
-        relative_keys=checks.to_relative("relative_keys", relative_keys, k, None, q),
-        relative_values=checks.to_relative("relative_values", relative_values, None, v.shape[3], q),
-        score=checks.to_score(score, q),
-        dropout=checks.to_dropout(dropout),
-        seed=checks.new_seed(q.device) if dropout else None,
-    )
-    call = Call.of(q, k, v, options, lse=return_lse)
-    out, lse = run(
-        q, k, v, options, choose(call).name if engine is None else checks.named(engine, call)
-    )
+    recent = None
+    bare = mask is table is first is slopes is bias is sinks is score is None and not dropout
+    if bare and relative_queries is relative_keys is relative_values is None:
+        plain = (causal, window, scale, softcap, dropout, engine, return_lse)
+        recent = _recent_of(q, *plain)
+    decided = None if recent is None else recent.found(q, k, v)
+    if decided is None:
+        checks.check_tensors(q, k, v)
+        batch, heads, n_queries, head_size = q.shape
+        table, first = checks.to_table(table, first, q, k)
+        options = Options(
+            mask=checks.to_mask(q, k, causal=causal, window=window, mask=mask),
+            scale=checks.to_scale(scale, head_size),
+            softcap=checks.to_softcap(softcap),
+            table=table,
+            first=first,
+            slopes=checks.to_term("slopes", slopes, (heads,), q),
+            bias=checks.to_term(
+                "bias", bias, (batch, heads, n_queries, k.shape[2]), q, broadcast=(0, 1, 2)
+            ),
+            sinks=checks.to_term("sinks", sinks, (heads,), q),
+            relative_queries=checks.to_relative("relative_queries", relative_queries, q, None, q),
+            relative_keys=checks.to_relative("relative_keys", relative_keys, k, None, q),
+            relative_values=checks.to_relative(
+                "relative_values", relative_values, None, v.shape[3], q
+            ),
+            score=checks.to_score(score, q),
+            dropout=checks.to_dropout(dropout),
+            seed=checks.new_seed(q.device) if dropout else None,
+        )
+        call = Call.of(q, k, v, options, lse=return_lse)
+        name = choose(call).name if engine is None else checks.named(engine, call)
+        decided = options, name
+        if recent is not None:
+            recent.note(decided, q, k, v)
+    out, lse = run(q, k, v, *decided)
     if not return_lse:
         return out
     assert lse is not None
     return out, lse
+
+
+def _recent_of(q: Tensor, *plain: Any) -> Recent[tuple[Options, str]] | None:
+    """Where the options and the engine are noted of calls without other tensors than q, k and v.
+
+    Args:
+        plain: The rest of what is given; one that is not plain has nothing noted.
+    """
+    # Sizes of other types may be symbols, which must not be compared.
+    if torch.compiler.is_compiling() or type(q) not in (Tensor, Parameter):
+        return None
+    if not _PLAIN.issuperset(map(type, plain)):
+        return None
+    # Whatever else decides, beside what `Recent` looks at: off a card, whether Triton interprets.
+    interpret = None if q.is_cuda else os.environ.get("TRITON_INTERPRET")
+    return _recent(*plain, torch.is_grad_enabled(), computing_dtype(q), interpret)
+
+
+_PLAIN = frozenset((bool, int, float, str, type(None)))
+
+
+# Typed, because True is 1 but no window.
+@lru_cache(256, typed=True)
+def _recent(*_: Any) -> Recent[tuple[Options, str]]:
+    return Recent()
 
 
 def attention_varlen(

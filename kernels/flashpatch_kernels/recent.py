@@ -29,7 +29,10 @@ class Recent(Generic[T]):
         if self._last is None:
             return None
         made, noted = self._last
-        return noted if made.check(*tensors) else None
+        try:
+            return noted if made.check(*tensors) else None
+        except TypeError:  # another number of them, or what is no tensor
+            return None
 
     def note(self, found: T, *tensors: Tensor) -> None:
         """Notes this in the place of what was noted before."""

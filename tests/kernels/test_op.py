@@ -751,3 +751,107 @@ def test_an_engine_gets_the_record_of_options_itself(monkeypatch, needs_grad):
     with torch.set_grad_enabled(needs_grad):
         op.run(q, k, v, options, "tiled")
     assert given[0] is options
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Options and engine of every call, whose answer is made up."""
+    made = []
+
+    def run(q, k, v, options, engine):
+        made.append((options, engine))
+        return q, q[..., 0]
+
+    monkeypatch.setattr(op, "run", run)
+    op._recent.cache_clear()
+    yield made
+    op._recent.cache_clear()
+
+
+def test_calls_that_are_alike_share_what_was_decided(ran):
+    for seed in range(2):
+        attention(*tensors(seed=seed), causal=True)
+    (first, _), (second, _) = ran
+    assert first is second
+
+
+# What differs from a call without arguments on `tensors`.
+DIFFERENT = {
+    "causal": {"causal": True},
+    "window": {"window": 3},
+    "sides": {"window": (3, 3)},
+    "scale": {"scale": 2.0},
+    "softcap": {"softcap": 2.0},
+    "engine": {"engine": "reference"},
+    "lse": {"return_lse": True},
+    "sinks": {"sinks": torch.ones(H)},
+    "mask": {"mask": torch.ones(B, M, dtype=torch.bool)},
+    "dropout": {"dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_calls_that_differ_are_decided_each(ran, name):
+    for more in ({}, DIFFERENT[name], {}, DIFFERENT[name]):
+        attention(*tensors(), **more)
+    assert ran[0][0] is ran[2][0]
+    assert ran[1][0] is not ran[0][0]
+    op._recent.cache_clear()
+    attention(*tensors(), **DIFFERENT[name])
+    assert ran[-1][1] == ran[1][1] == ran[3][1]
+
+
+SITUATIONS = {
+    "other queries": lambda: attention(*tensors(n=N - 1), causal=True),
+    "other dtype": lambda: attention(*tensors(dtype=torch.float64), causal=True),
+    "gradients": lambda: attention(*tensors(grad=True), causal=True),
+    "autocast": lambda: autocast(torch.bfloat16),
+    "another autocast": lambda: autocast(torch.float16),
+}
+
+
+def autocast(dtype):
+    with torch.autocast("cpu", dtype):
+        attention(*tensors(), causal=True)
+
+
+def test_calls_in_other_situations_are_decided_each(ran):
+    with torch.no_grad():
+        attention(*tensors(), causal=True)
+    attention(*tensors(), causal=True)
+    for call in SITUATIONS.values():
+        call()
+    assert len({id(options) for options, _ in ran}) == len(SITUATIONS) + 2
+
+
+def test_no_interpreter_is_asked_for_because_it_was_before(ran, monkeypatch):
+    for asked in ("1", "0"):
+        monkeypatch.setenv("TRITON_INTERPRET", asked)
+        attention(*tensors())
+    assert ran[0][0] is not ran[1][0]
+
+
+# Equal to what is right, and wrong.
+WRONG = [
+    ({"window": 1}, {"window": True}),
+    ({"scale": 1.0}, {"scale": True}),
+    ({"softcap": 1.0}, {"softcap": True}),
+    ({"dropout": 0.0}, {"dropout": False}),
+    ({"window": (1, 1)}, {"window": [1, 1]}),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong"), WRONG)
+def test_a_wrong_argument_is_refused_after_a_right_one_that_it_equals(ran, right, wrong):
+    attention(*tensors(), **right)
+    with pytest.raises(TypeError):
+        attention(*tensors(), **wrong)
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_what_is_no_tensor_is_refused_after_calls_on_tensors(ran, at):
+    given = list(tensors())
+    attention(*given)
+    given[at] = given[at].tolist()
+    with pytest.raises(TypeError, match=f"{'qkv'[at]} must be a tensor"):
+        attention(*given)

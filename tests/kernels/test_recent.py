@@ -48,6 +48,12 @@ def test_nothing_is_found_for_tensors_that_differ(recent, other):
     assert recent.found(OTHERS[other](x), y) is None
 
 
+def test_nothing_is_found_for_more_tensors_or_fewer_or_what_is_none(recent):
+    x, y = tensors()
+    assert [recent.found(*given) for given in [(x,), (x, y, y), (x, None)]] == [None] * 3
+    assert recent.found(x, y) == 1
+
+
 def test_nothing_is_found_for_one_tensor_in_two_places():
     recent = Recent()
     recent.note(1, *(torch.ones(3) for _ in range(2)))
