@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from flashpatch_kernels import checks, masks, reference, schema, sdpa, second_order
 from flashpatch_kernels.engines import Call, choose, computing_dtype, device_type
-from flashpatch_kernels.masks import Mask
+from flashpatch_kernels.masks import Band, Mask
 from flashpatch_kernels.options import TERMS, Options, Relative, Score
 from flashpatch_kernels.recent import Recent
 
@@ -300,11 +300,25 @@ def _backward(
     needs: list[str],
     *options: Any,
 ) -> list[Tensor]:
-    with _without_autocast(q):
-        grads = _module(engine).backward(
-            dout, dlse, q, k, v, out, lse, schema.record(*options), frozenset(needs)
-        )
+    record = schema.record(*options)
+    grads = _compute_gradients(dout, dlse, q, k, v, out, lse, engine, needs, record)
     return [grads[name] for name in needs]
+
+
+def _compute_gradients(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    engine: str,
+    needs: list[str],
+    options: Options,
+) -> dict[str, Tensor]:
+    with _without_autocast(q):
+        return _module(engine).backward(dout, dlse, q, k, v, out, lse, options, frozenset(needs))
 
 
 @cache
@@ -357,7 +371,7 @@ def _fake_backward(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.engine = inputs[3]
+    ctx.engine, ctx.record = inputs[3], None
     ctx.options, tensors = schema.apart(inputs[4:])
     ctx.save_for_backward(*inputs[:3], *output, *tensors)
 
@@ -382,10 +396,13 @@ def _gradients(
         dout = torch.zeros_like(out)
     # With gradients enabled, the gradients are to be differentiated again.
     watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or _watched(q)
-    backward = torch.ops.flashpatch.backward.default if watched else _backward
-    options = schema.together(ctx.options, tensors)
-    found = backward(dout, dlse, q, k, v, out, lse, ctx.engine, needs, *options)
-    return dict(zip(needs, found, strict=True))
+    given = (dout, dlse, q, k, v, out, lse, ctx.engine, needs)
+    if watched:
+        options = schema.together(ctx.options, tensors)
+        found = torch.ops.flashpatch.backward.default(*given, *options)
+        return dict(zip(needs, found, strict=True))
+    record = ctx.record or schema.record(*schema.together(ctx.options, tensors))
+    return _compute_gradients(*given, record)
 
 
 class _Attention(torch.autograd.Function):
@@ -407,6 +424,9 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         output = _compute(q, k, v, engine, options)
         _save(ctx, (q, k, v, engine, *schema.flat(options)), output)
+        # The record itself serves the backward pass if it has no tensors, which autograd must save.
+        if not names and isinstance(options.mask, Band) and options.seed is None:
+            ctx.record = options
         ctx.names = ("q", "k", "v", None, None, None, *names)
         return output
 

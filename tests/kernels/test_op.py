@@ -753,6 +753,31 @@ def test_an_engine_gets_the_record_of_options_itself(monkeypatch, needs_grad):
     assert given[0] is options
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"sinks": torch.randn(H)}, {"mask": Intervals(torch.tensor([[[0, 5]]]).int())}],
+    ids=["bare", "sinks", "intervals"],
+)
+def test_an_engine_gets_the_same_options_for_its_backward_pass(monkeypatch, more):
+    """The record itself, but for tensors, which autograd saves."""
+    given = []
+
+    def backward(*arguments):
+        given.append(arguments[7])
+        return tiled.backward(*arguments)
+
+    module = SimpleNamespace(forward=tiled.forward, backward=backward)
+    monkeypatch.setattr(op, "_module", lambda _: module)
+    options = Options(scale=0.5, **more)
+    out, _ = op.run(*tensors(grad=True), options, "tiled")
+    out.sum().backward()
+    (found,) = given
+    assert (found is options) == (not more)
+    assert all(
+        x is y or x == y for x, y in zip(schema.flat(found), schema.flat(options), strict=True)
+    )
+
+
 @pytest.fixture
 def ran(monkeypatch):
     """Options and engine of every call, whose answer is made up."""
