@@ -111,10 +111,6 @@ class Call(NamedTuple):
         batch, heads, n_queries, head_size = q.shape
         _, kv_heads, n_keys, _ = k.shape
         dtype = computing_dtype(q)
-        alike = all(
-            x.device == q.device and (x.dtype == q.dtype or computing_dtype(x) == dtype)
-            for x in (k, v)
-        )
         grad = torch.is_grad_enabled()
         if isinstance(mask, Band):
             one_row = n_queries == 1 or mask == _FULL
@@ -126,7 +122,7 @@ class Call(NamedTuple):
             device=device_type(q),
             capability=_capability(q.device) if q.is_cuda else None,
             dtype=dtype,
-            mixed=not alike,
+            mixed=_mixed(q, k) or _mixed(q, v),
             aligned=_aligned(q) and _aligned(k) and _aligned(v),
             batch=batch,
             heads=heads,
@@ -170,6 +166,13 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def _known_capability(device: torch.device) -> tuple[int, int]:
     """The same, asked for once: PyTorch's functions take as long as all else that is asked."""
     return torch.cuda.get_device_capability(device)
+
+
+def _mixed(q: Tensor, x: Tensor) -> bool:
+    """Whether two tensors differ in device or, after autocast, in dtype."""
+    if x.device != q.device:
+        return True
+    return x.dtype != q.dtype and computing_dtype(x) != computing_dtype(q)
 
 
 def _aligned(x: Tensor) -> bool:
