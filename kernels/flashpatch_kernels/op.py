@@ -235,7 +235,7 @@ def run(
     """The output and lse of one call on the named engine; unchecked. `sdpa` gives no lse."""
     if torch.is_autocast_enabled(device_type(q)):
         q, k, v = (x.to(computing_dtype(x)) for x in (q, k, v))
-    if engine != "reference" and 0 in (*q.shape[:3], k.shape[2]):
+    if engine != "reference" and (q.numel() == 0 or k.shape[2] == 0):
         engine = "tiled"
     if engine == "sdpa":
         return sdpa.attention(q, k, v, options), None
@@ -338,7 +338,10 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
     device = device_type(x)
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()
 
 
 def _fake_forward(
