@@ -373,10 +373,22 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.engine, ctx.record = inputs[3], None
     ctx.options, tensors = schema.apart(inputs[4:])
-    ctx.save_for_backward(*inputs[:3], *output, *tensors)
+    _save_call(ctx, inputs[:4], output, None, *tensors)
+
+
+def _save_call(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    output: tuple[Tensor, Tensor],
+    record: Options | None,
+    *tensors: Tensor,
+) -> None:
+    """Saves the rest, and a record of options that has no tensors or the tensors of the options."""
+    ctx.set_materialize_grads(False)
+    q, k, v, ctx.engine = inputs
+    ctx.record = record
+    ctx.save_for_backward(q, k, v, *output, *tensors)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
@@ -400,11 +412,13 @@ def _gradients(
     # With gradients enabled, the gradients are to be differentiated again.
     watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or _watched(q)
     given = (dout, dlse, q, k, v, out, lse, ctx.engine, needs)
+    record = ctx.record
     if watched:
-        options = schema.together(ctx.options, tensors)
+        options = schema.flat(record) if record else schema.together(ctx.options, tensors)
         found = torch.ops.flashpatch.backward.default(*given, *options)
         return dict(zip(needs, found, strict=True))
-    record = ctx.record or schema.record(*schema.together(ctx.options, tensors))
+    if record is None:
+        record = schema.record(*schema.together(ctx.options, tensors))
     return _compute_gradients(*given, record)
 
 
@@ -426,10 +440,11 @@ class _Attention(torch.autograd.Function):
         *_terms: Tensor,
     ) -> tuple[Tensor, Tensor]:
         output = _compute(q, k, v, engine, options)
-        _save(ctx, (q, k, v, engine, *schema.flat(options)), output)
-        # The record itself serves the backward pass if it has no tensors, which autograd must save.
-        if not names and isinstance(options.mask, Band) and options.seed is None:
-            ctx.record = options
+        if names or options.seed is not None or not isinstance(options.mask, Band):
+            _save(ctx, (q, k, v, engine, *schema.flat(options)), output)
+        else:
+            # Without tensors, which autograd must save, the record serves the backward pass too.
+            _save_call(ctx, (q, k, v, engine), output, options)
         ctx.names = ("q", "k", "v", None, None, None, *names)
         return output
 
