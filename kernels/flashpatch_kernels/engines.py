@@ -71,6 +71,8 @@ class Call(NamedTuple):
         aligned: Whether every row of q, k and v starts at a multiple of 16 bytes.
         one_row: Whether every query sees the same keys, as far as the shapes tell.
         table: Whether there is a bias by distance, of a table.
+        table_grad: Whether it takes a gradient, even if none are recorded now: what a checkpoint
+            computes again it decides alike.
         slopes: Whether there is one that is proportional to the distance.
         needs_grad: Whether a gradient may be asked for.
         lse: Whether the caller wants the log-sum-exp.
@@ -93,6 +95,7 @@ class Call(NamedTuple):
     one_row: bool = True
     softcap: bool = False
     table: bool = False
+    table_grad: bool = False
     slopes: bool = False
     relative: bool = False
     score: bool = False
@@ -136,6 +139,7 @@ class Call(NamedTuple):
             one_row=one_row,
             softcap=options.softcap is not None,
             table=options.table is not None,
+            table_grad=options.table is not None and options.table.requires_grad,
             slopes=options.slopes is not None,
             relative=bool(
                 options.relative_queries or options.relative_keys or options.relative_values
@@ -333,6 +337,11 @@ HOPPER = Engine(
         (
             Reason("HOPPER_SHORT", "the Hopper kernels are for more than 256 queries"),
             lambda c: c.n_queries > 256,
+        ),
+        (
+            # The host prepares more launches for it: T5's at 2,048 tokens took 1.4 ms, not 1.0.
+            Reason("HOPPER_TABLE", "a table's gradient is faster here from 4,097 queries on"),
+            lambda c: not c.table_grad or c.n_queries > 4096,
         ),
     ),
 )
