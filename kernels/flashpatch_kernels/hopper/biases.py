@@ -1,4 +1,4 @@
-"""What Hopper kernels add to scores beside slopes: a bias of keys, and one by distance, of a table.
+"""What Hopper kernels add to scores beside slopes: a bias of keys, and a table's, by distance.
 
 A bias of keys is a number for each key of a tile. Where keys are the columns of tiles, a thread has
 use for a quarter of the numbers: who reads the keys reads them too, once, and hands them on beside
@@ -96,7 +96,7 @@ def start_scores(q, k, of_keys, C: gl.constexpr):
 
 @jit
 def levels(of_keys, of_all):
-    """What is added to all scores of a column [BN], and of a tile, of [R, BN]."""
+    """Biases [BN] of keys as a row, and what a table adds to all, as far as there are any."""
     if len(of_keys) > 0:
         return (gl.expand_dims(of_keys[0], 0),) + of_all
     else:
