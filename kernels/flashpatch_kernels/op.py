@@ -300,25 +300,18 @@ def _backward(
     needs: list[str],
     *options: Any,
 ) -> list[Tensor]:
-    record = schema.record(*options)
-    grads = _compute_gradients(dout, dlse, q, k, v, out, lse, engine, needs, record)
+    tensors = (dout, dlse, q, k, v, out, lse)
+    grads = _compute_gradients(tensors, engine, needs, schema.record(*options))
     return [grads[name] for name in needs]
 
 
 def _compute_gradients(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    engine: str,
-    needs: list[str],
-    options: Options,
+    tensors: tuple[Tensor | None, ...], engine: str, needs: list[str], options: Options
 ) -> dict[str, Tensor]:
-    with _without_autocast(q):
-        return _module(engine).backward(dout, dlse, q, k, v, out, lse, options, frozenset(needs))
+    dout = tensors[0]
+    assert dout is not None
+    with _without_autocast(dout):
+        return _module(engine).backward(*tensors, options, frozenset(needs))
 
 
 @cache
@@ -411,15 +404,15 @@ def _gradients(
         dout = torch.zeros_like(out)
     # With gradients enabled, the gradients are to be differentiated again.
     watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or _watched(q)
-    given = (dout, dlse, q, k, v, out, lse, ctx.engine, needs)
+    given = (dout, dlse, q, k, v, out, lse)
     record = ctx.record
     if watched:
         options = schema.flat(record) if record else schema.together(ctx.options, tensors)
-        found = torch.ops.flashpatch.backward.default(*given, *options)
+        found = torch.ops.flashpatch.backward.default(*given, ctx.engine, needs, *options)
         return dict(zip(needs, found, strict=True))
     if record is None:
         record = schema.record(*schema.together(ctx.options, tensors))
-    return _compute_gradients(*given, record)
+    return _compute_gradients(given, ctx.engine, needs, record)
 
 
 class _Attention(torch.autograd.Function):

@@ -337,7 +337,7 @@ GIVEN = {
 def test_biases_that_are_given(
     case, pytorch, assert_as_exact_as_pytorch, launched, poisoned_memory, bias, mask, dtype, d
 ):
-    """As ALiBi's slopes are; those that are learnt have the portable kernels' gradient."""
+    """As ALiBi's slopes are; slopes that are learnt have the portable kernels' gradient."""
 
     def answer(one, attend):
         given = one.options.with_terms({x: t.detach() for x, t in one.options.terms.items()})

@@ -7,7 +7,7 @@ of q, from products that are computed twice.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,13 +80,14 @@ def backward(
         added = terms.terms_of(call, both=False) if by_sums else terms.NO_TERMS
         shared = Shared(call, added, inputs, call.strides(*inputs), stats, steps)
         compute_stats(shared, out, lse.contiguous(), None if dlse is None else dlse.contiguous())
+        work = Work(shared, biases.added_of(call), sums)
         if in_one:
-            launch_joint(shared, grads, sums, in_order=same)
+            launch_joint(work, grads, in_order=same)
         else:
             if "k" in grads:
-                launch_keys(shared, grads, sums, joint)
+                launch_keys(work, grads, joint)
             if "q" in grads:
-                launch_queries(shared, grads["q"])
+                launch_queries(work, grads["q"])
         if sums.bias is not None:
             grads["bias"] = biases.bias_gradient(options.bias, sums.bias)
         if sums.ends is not None:
@@ -114,10 +115,23 @@ def has_order(call: setups.Setup) -> bool:
     return 2 * (mask.left + mask.right) <= n_keys
 
 
-def launch_joint(
-    shared: Shared, grads: dict[str, Tensor], more: biases.Sums, *, in_order: bool
-) -> None:
+class Work(NamedTuple):
+    """What this engine's launches of one backward pass share.
+
+    Attributes:
+        shared: With the portable kernels.
+        added: What is added to scores.
+        more: What the joint kernel sums beside gradients.
+    """
+
+    shared: Shared
+    added: biases.Added
+    more: biases.Sums
+
+
+def launch_joint(work: Work, grads: dict[str, Tensor], *, in_order: bool) -> None:
     """The gradients of k and v, and that of q out of a sum in memory."""
+    shared, _, more = work
     steps = shared.steps
     sums = steps.own(torch.empty_like(grads["q"], dtype=torch.float32))
     steps.do(Tensor.zero_, sums)
@@ -131,7 +145,7 @@ def launch_joint(
         steps.do(Tensor.zero_, counts)
     outputs = sums, counts, more.bias, more.ends, grads["k"], grads["v"]
     numbers = [*strides, *more.near]
-    launch_key_pass(joint_kernel, "dqdkdv", shared, outputs, numbers, in_order=in_order)
+    launch_key_pass(joint_kernel, "dqdkdv", work, outputs, numbers, in_order=in_order)
     steps.do(partial(scaled, shared.call.options.scale), sums, grads["q"])
 
 
@@ -140,20 +154,21 @@ def scaled(factor: float, x: Tensor, out: Tensor) -> None:
     torch.mul(x, factor, out=out)
 
 
-def launch_keys(shared: Shared, grads: dict[str, Tensor], more: biases.Sums, joint: bool) -> None:
+def launch_keys(work: Work, grads: dict[str, Tensor], joint: bool) -> None:
     """The gradients of k and v, by what of the joint kernel is for them, or by one of their own."""
     outputs = grads["k"], grads["v"]
     if joint:
+        more = work.more
         outputs = None, None, more.bias, more.ends, *outputs
-        launch_key_pass(joint_kernel, "dkdv", shared, outputs, [0, 0, 0, *more.near])
+        launch_key_pass(joint_kernel, "dkdv", work, outputs, [0, 0, 0, *more.near])
     else:
-        launch_key_pass(key_kernel, "dkdv", shared, outputs, [])
+        launch_key_pass(key_kernel, "dkdv", work, outputs, [])
 
 
 def launch_key_pass(
     kernel: Any,
     name: tuning.CrewPass,
-    shared: Shared,
+    work: Work,
     outputs: tuple[Any, ...],
     numbers: list[int],
     *,
@@ -163,12 +178,11 @@ def launch_key_pass(
 
     They run together where they add in one order, and so wait for each other.
     """
-    call = shared.call
+    shared, added, _ = work
+    call, composed = shared.call, added.composed
     n_batch, n_heads, group, n_queries, n_keys = call.sizes
     tile, fixed = crews.tuned(call, name, in_order=in_order)
     n_tiles = setups.cdiv(n_keys, tile.BN)
-    added = biases.added_of(call)
-    composed = added.composed
     shared.steps.launch(
         kernel,
         crews.programs(call, name, n_tiles * n_batch * (n_heads // group)),
@@ -185,14 +199,13 @@ def launch_key_pass(
     )
 
 
-def launch_queries(shared: Shared, dq: Tensor) -> None:
+def launch_queries(work: Work, dq: Tensor) -> None:
     """The gradient of q."""
-    call = shared.call
+    shared, added, _ = work
+    call, composed = shared.call, added.composed
     n_batch, n_heads, _, n_queries, n_keys = call.sizes
     tile, fixed = crews.tuned(call, "dq")
     n_tiles = setups.cdiv(n_queries, tile.BM)
-    added = biases.added_of(call)
-    composed = added.composed
     shared.steps.launch(
         query_kernel,
         crews.programs(call, "dq", n_tiles * n_batch * n_heads),

@@ -129,22 +129,23 @@ def beyond_ends(bias, m, n, QUERIES: gl.constexpr, KEYS: gl.constexpr, head, sco
 def with_entries(s, i, j, m, n, head, bias, score):
     """A tile of scores with a table's biases of its distances j - i, if it is `near`.
 
-    They are looked up one by one: as one block of loads they would take registers for as many
-    addresses and numbers as there are scores.
+    Nothing is added without a table. Entries are looked up one by one: as one block of loads they
+    would take registers for as many addresses and numbers as there are scores.
     """
     text: gl.constexpr = (
         "{ .reg .s32 distance; .reg .b64 at; .reg .f32 x; sub.s32 distance, $2, $3; "
         "max.s32 distance, distance, $4; min.s32 distance, distance, $5; "
         "mad.wide.s32 at, distance, 4, $6; ld.global.nc.f32 x, [at]; fma.rn.f32 $0, x, $7, $1; }"
     )
-    QUERIES: gl.constexpr = i.shape[0] * i.shape[1]
-    KEYS: gl.constexpr = j.shape[0] * j.shape[1]
-    if near(m, n, QUERIES, KEYS, score):
-        base = (bias[3] + (head.to(gl.int64) * score[11] - score[12])).to(gl.uint64)
-        s = gl.inline_asm_elementwise(
-            text, "=f,f,r,r,r,r,l,f", [s, j, i, score[12], score[13], base, bias[4]],
-            dtype=gl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
+    if bias[3] is not None:
+        QUERIES: gl.constexpr = i.shape[0] * i.shape[1]
+        KEYS: gl.constexpr = j.shape[0] * j.shape[1]
+        if near(m, n, QUERIES, KEYS, score):
+            base = (bias[3] + (head.to(gl.int64) * score[11] - score[12])).to(gl.uint64)
+            s = gl.inline_asm_elementwise(
+                text, "=f,f,r,r,r,r,l,f", [s, j, i, score[12], score[13], base, bias[4]],
+                dtype=gl.float32, is_pure=True, pack=1,
+            )  # fmt: skip
     return s
 
 
@@ -244,22 +245,21 @@ class Added(NamedTuple):
 
 def added_of(call: setups.Setup) -> Added:
     """What is added to the scores of a call."""
-    o, (*_, n_queries, n_keys) = call.options, call.sizes
+    o = call.options
     slopes = [] if o.slopes is None else [terms.slopes_term(o.slopes)]
     strides, ends, row, table = [0, 0, 0], (0, 0), 0, None
     if o.table is not None:
         table = o.table.float().contiguous()
         row = table.shape[1]
-        first = 1 - n_queries if o.first is None else o.first
-        ends = first, first + row - 1
+        ends = call.first, call.first + row - 1
     bias = None
     if o.bias is not None:
         bias = o.bias.float()
         bias = bias if bias.stride(-1) == 1 else bias.contiguous()
         strides = setups.strides(bias)
-    origin = n_keys - n_queries if o.offset is None else o.offset
     unit = 1 / o.scale if crews.plain(call) else 1.0
-    return Added(terms.Composed.of(slopes), bias, table, unit, (*strides, 1, row, *ends, origin))
+    numbers = (*strides, 1, row, *ends, call.origin)
+    return Added(terms.Composed.of(slopes), bias, table, unit, numbers)
 
 
 class Sums(NamedTuple):

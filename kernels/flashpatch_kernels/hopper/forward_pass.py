@@ -103,7 +103,7 @@ def scored(
     if not C.PLAIN:
         levels = biases.levels(of_keys, of_all)
         s, _ = weights.scored(s, row, j, m, n, head, levels, bias, score, sources, C, ADDS)
-    elif bias[3] is not None:
+    else:
         s = biases.with_entries(s, row, j, m, n, head, bias, score)
     if MASKED:
         low = gl.expand_dims(lo, 1)

@@ -122,7 +122,7 @@ def consume(
                     s, row, j, own_start, key, head, biases.levels(of_keys, of_all), bias, of_row,
                     sources, C, ADDS,
                 )  # fmt: skip
-            elif bias[3] is not None:
+            else:
                 s = biases.with_entries(s, row, j, own_start, key, head, bias, of_row)
             p = gl.exp2(s * to_log2 - gl.expand_dims(biases.less(lse, of_all, C), 1))
             if not C.PLAIN:

@@ -34,9 +34,7 @@ def scored(
     if len(levels) > 0:
         level = levels[0] + levels[1] if len(levels) > 1 else levels[0]
         s, t = scores.scores(s, row, column, m, n, head, level, score, sources, C, ADDS)
-        if bias[3] is not None:
-            s = biases.with_entries(s, row, column, m, n, head, bias, score)
-        return s, t
+        return biases.with_entries(s, row, column, m, n, head, bias, score), t
     else:
         s, t = scores.scores(s, row, column, m, n, head, None, score, sources, C, ADDS)
         return s if len(ADDS) > 0 else t, t
@@ -71,9 +69,9 @@ def weights(
             st, row, column, tile * C.BM, n, head, of_keys + of_all, bias, score, sources, C, ADDS
         )  # fmt: skip
     else:
-        if bias[3] is not None:
+        if len(of_all) > 0:
             st = st + of_all[0] * bias[4]
-            st = biases.with_entries(st, row, column, tile * C.BM, n, head, bias, score)
+        st = biases.with_entries(st, row, column, tile * C.BM, n, head, bias, score)
         if len(of_keys) > 0:
             less = less - of_keys[0] * LOG2E
     pt = gl.exp2(st * to_log2 - less)

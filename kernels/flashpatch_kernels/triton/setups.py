@@ -306,6 +306,18 @@ class Setup:
         return self.options.table is not None and self.options.first is not None
 
     @property
+    def first(self) -> int:
+        """The distance of a table's entry 0."""
+        first = self.options.first
+        return 1 - self.sizes[3] if first is None else first
+
+    @property
+    def origin(self) -> int:
+        """The place of query 0 among the keys, for slopes."""
+        offset = self.options.offset
+        return self.sizes[4] - self.sizes[3] if offset is None else offset
+
+    @property
     def far(self) -> bool:
         """Whether tiles on which a table is constant are a range of tiles."""
         return self.clamped and not self.mask.is_boolean

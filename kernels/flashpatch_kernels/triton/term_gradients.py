@@ -267,10 +267,9 @@ def table_gradient(shared: Shared, table: Tensor, ends: Tensor | None) -> Tensor
 def table_sums(shared: Shared, table: Tensor, ends: Tensor | None, reach: int) -> Tensor:
     """The sums of ds by distance, for a table [H, T] and `reach` distances beyond either end."""
     call = shared.call
-    n_batch, n_heads, _, n_queries, _ = call.sizes
+    n_batch, n_heads = call.sizes[:2]
     tile, _ = call.tuned("sums")
-    entries = table.shape[1] + 2 * reach
-    first = (1 - n_queries if call.options.first is None else call.options.first) - reach
+    first, entries = call.first - reach, table.shape[1] + 2 * reach
     out = table.new_empty((n_heads, entries), dtype=torch.float32)
     first_diagonal, n_diagonals, n_chunks = table_diagonals(call)
     sums = table.new_empty((n_heads, n_diagonals, n_chunks, 2 * tile.BM), dtype=torch.float32)
@@ -295,8 +294,7 @@ def table_diagonals(call: setups.Setup) -> tuple[int, int, int]:
     """The diagonals of tiles that a table's own sums are of, see `diagonals`."""
     table, (_, _, _, n_queries, n_keys) = call.options.table, call.sizes
     assert table is not None
-    first = 1 - n_queries if call.options.first is None else call.options.first
-    low, high = max(first, 1 - n_queries), min(first + table.shape[1], n_keys) - 1
+    low, high = max(call.first, 1 - n_queries), min(call.first + table.shape[1], n_keys) - 1
     return diagonals(call, low, high)
 
 

@@ -97,7 +97,6 @@ def slopes_term(x: Tensor) -> Term:
 def terms_of(call: setups.Setup, *, both: bool) -> Terms:
     """The terms of a call, for tiles of `both` orientations or only [queries, keys]."""
     options = call.options
-    n_queries, n_keys = call.sizes[3:]
     straight: list[Term] = []
     transposed: list[Term] = []
     bias_strides, table_numbers = [0, 0, 0], (0, 0, 0, 0)
@@ -122,11 +121,10 @@ def terms_of(call: setups.Setup, *, both: bool) -> Terms:
         own = [Term(scores.open_arguments, f, f, score.arguments) for f in functions]
         straight += own
         transposed += own
-    origin = n_keys - n_queries if options.offset is None else options.offset
     return Terms(
         Composed.of(straight),
         Composed.of(transposed),
-        (*bias_strides, *table_numbers, origin, *relative.arguments(options, call.dtype)),
+        (*bias_strides, *table_numbers, call.origin, *relative.arguments(options, call.dtype)),
         call.far,
     )
 
@@ -155,7 +153,7 @@ def _table(
     x: Tensor, call: setups.Setup, *, tma: bool, both: bool
 ) -> tuple[tuple[Functions, Functions], tuple[Tensor, Tensor], tuple[int, int, int, int]]:
     """`open` and `add` of a table for both orientations, what each reads, and its numbers."""
-    first = 1 - call.sizes[3] if call.options.first is None else call.options.first
+    first = call.first
     last = first + x.shape[1] - 1
     if call.far:
         x = x if x.stride(1) == 1 else x.contiguous()
