@@ -49,6 +49,18 @@ class Launched(NamedTuple):
         """All but the tensors, whose places are empty."""
         return [None if isinstance(x, Tensor) else x for x in self.arguments]
 
+    @property
+    def leaves(self):
+        """The arguments with those in tuples, one by one, where these begin and end as well."""
+        found, rest = [], [*self.arguments]
+        while rest:
+            x = rest.pop(0)
+            if type(x) is tuple:
+                rest = ["(", *x, ")", *rest]
+            else:
+                found.append(x)
+        return found
+
     def tensors(self):
         """In order."""
         return [x for x in self.arguments if isinstance(x, Tensor)]
@@ -254,20 +266,95 @@ def test_an_address_that_hopper_cannot_read_goes_to_the_portable_kernels_each_ti
     assert launches[0].numbers != launches[2].numbers
 
 
-TENSORS = {
+NOT_SHARED = {
     "boolean": {"mask": Boolean(torch.ones(1, 1, 300, 333, dtype=torch.bool))},
-    "table": {"table": torch.randn(4, 11), "first": -5},
-    "slopes": {"slopes": torch.randn(4)},
-    "bias": {"bias": torch.randn(1, 4, 1, 333)},
     "relative values": {"relative_values": Relative(torch.randn(4, 11, 128), -5)},
-    "dropout": {"dropout": 0.1, "seed": torch.tensor([1])},
 }
 
 
-@pytest.mark.parametrize("more", TENSORS)
-def test_calls_with_other_tensors_share_nothing(launches, more):
+@pytest.mark.parametrize("more", NOT_SHARED)
+def test_calls_under_booleans_and_with_vectors_share_nothing(launches, more):
     for _ in range(2):
-        portable.forward(*tensors(), Options(**OPTIONS | TENSORS[more]))
+        portable.forward(*tensors(), Options(**OPTIONS | NOT_SHARED[more]))
+    assert not any(one.again for one in launches)
+
+
+def table(entries=11, first=-5, dtype=torch.float32):
+    return {"table": torch.randn(4, entries, dtype=dtype), "first": first}
+
+
+def bias(*shape, dtype=torch.float32):
+    return {"bias": torch.randn(shape, dtype=dtype)}
+
+
+# What makes new tensors for a call, and the engines that serve it.
+TERMS = {
+    "slopes": lambda: {"slopes": torch.randn(4)},
+    "a table": table,
+    "a table in half": lambda: table(dtype=torch.bfloat16),
+    "a table in columns": lambda: {"table": torch.randn(11, 4).T, "first": -5},
+    "all distances": lambda: table(632, None),
+    "keys": lambda: bias(2, 4, 1, 333),
+    "keys in half": lambda: bias(1, 1, 1, 333, dtype=torch.bfloat16),
+    "keys in columns": lambda: {"bias": torch.randn(1, 1, 333, 4).transpose(1, 3)},
+    "all": lambda: table() | bias(2, 1, 1, 333) | {"slopes": torch.randn(4), "softcap": 9.0},
+}
+TERMS_OF_PORTABLE = {
+    "pairs": lambda: bias(1, 4, 300, 333, dtype=torch.bfloat16),
+    "pairs in columns": lambda: {"bias": torch.randn(1, 4, 333, 300).mT},
+    "keys of every query": lambda: {"bias": torch.randn(2, 1, 1, 333).expand(2, 4, 300, 333)},
+    "dropout": lambda: {"dropout": 0.1, "seed": torch.tensor([1])},
+}
+BOTH = {"hopper": hopper, "triton": portable}
+CASES = [
+    *[(engine, name) for engine in BOTH for name in TERMS],
+    *[("triton", name) for name in TERMS_OF_PORTABLE],
+]
+
+
+@pytest.mark.parametrize(("engine", "name"), CASES)
+def test_alike_calls_bring_their_terms(launches, engine, name):
+    engine, make = BOTH[engine], (TERMS | TERMS_OF_PORTABLE)[name]
+    for _ in range(2):
+        q, k, v = tensors()
+        more = make()
+        out, lse = engine.forward(q, k, v, Options(**OPTIONS | more))
+    plans.forget()
+    expected = engine.forward(q, k, v, Options(**OPTIONS | more))
+    n = len(launches) // 3
+    assert [one.again for one in launches] == [False] * n + [True] * n + [False] * n
+    moved = {x.data_ptr(): x.data_ptr() for x in (q, k, v, *more.values()) if torch.is_tensor(x)}
+    check_moved(launches[n : 2 * n], launches[2 * n :], moved)
+    assert [moved[x.data_ptr()] for x in expected] == [out.data_ptr(), lse.data_ptr()]
+
+
+OTHER_TERMS = {
+    "entries": lambda: table(12),
+    "first": lambda: table(first=-6),
+    "dtype of the table": lambda: table(dtype=torch.float16),
+    "slopes as well": lambda: table() | {"slopes": torch.randn(4)},
+    "one bias for all heads": lambda: table() | bias(2, 1, 1, 333),
+    "one bias for the batch": lambda: table() | bias(1, 4, 1, 333),
+    "address of the table": lambda: {"table": shifted(table()["table"]), "first": -5},
+    "offset": lambda: table() | {"slopes": torch.randn(4), "offset": 5},
+}
+
+
+@ENGINES
+@pytest.mark.parametrize("other", OTHER_TERMS)
+def test_calls_with_other_terms_share_nothing(launches, engine, other):
+    made = [make() for make in (table, *OTHER_TERMS.values()) if make is not OTHER_TERMS[other]]
+    for more in made:
+        engine.forward(*tensors(), Options(**OPTIONS | more))
+    n = len(launches)
+    engine.forward(*tensors(), Options(**OPTIONS | OTHER_TERMS[other]()))
+    assert n < len(launches)
+    assert not any(one.again for one in launches)
+
+
+def test_dropout_of_another_probability_shares_nothing(launches):
+    for p in (0.1, 0.2):
+        portable.forward(*tensors(), Options(**OPTIONS, dropout=p, seed=torch.tensor([1])))
     assert not any(one.again for one in launches)
 
 
@@ -303,6 +390,10 @@ class Backward(NamedTuple):
     def run(self, engine, **more):
         *inputs, needs = self
         return engine.backward(*inputs, Options(**OPTIONS | more), needs)
+
+    def needing(self, *names):
+        """The same for these gradients as well."""
+        return self._replace(needs=self.needs | set(names))
 
     def addresses(self):
         """Of its tensors."""
@@ -341,24 +432,28 @@ def check_moved(again, anew, moved):
     `moved` are addresses by those that they have anew; it gets those of that memory.
     """
     for one, other in zip(again, anew, strict=True):
-        for x, y in zip(one.arguments, other.arguments, strict=True):
+        for x, y in zip(one.leaves, other.leaves, strict=True):
             assert x == (moved.setdefault(y.data_ptr(), x) if isinstance(y, Tensor) else y)
     assert len(set(moved.values())) == len(moved)
 
 
-def check_alike(launches, engine, first, second, masks=()):
+def check_alike(launches, engine, first, second, given=({}, {})):
     """The second takes the steps of the first: those that it would take by itself.
+
+    Args:
+        given: The options of either.
 
     Returns:
         Its gradients.
     """
-    given = [{"mask": x} for x in masks] or [{}, {}]
     first.run(engine, **given[0])
     n = len(launches)
     grads = second.run(engine, **given[1])
     plans.forget()
     expected = second.run(engine, **given[1])
-    more = [x.data_ptr() for mask in masks[1:] for x in (mask.bounds, mask.runs) if x is not None]
+    mask = given[1].get("mask")
+    of_mask = [] if mask is None else [mask.bounds, mask.runs]
+    more = [x.data_ptr() for x in (*given[1].values(), *of_mask) if torch.is_tensor(x)]
     again, anew = launches[n : 2 * n], launches[2 * n :]
     assert [one.again for one in (*again, *anew)] == [True] * n + [False] * n
     assert n > 0
@@ -383,8 +478,32 @@ def test_alike_backward_passes_take_the_same_steps(launches, engine, sizes, dlse
 @ENGINES
 @pytest.mark.parametrize("runs", [False, True])
 def test_alike_backward_passes_under_intervals_take_the_same_steps(launches, engine, runs):
-    masks = [intervals(runs=runs) for _ in range(2)]
-    check_alike(launches, engine, backward(), backward(), masks)
+    given = [{"mask": intervals(runs=runs)} for _ in range(2)]
+    check_alike(launches, engine, backward(), backward(), given)
+
+
+# What is learnt of some of those terms.
+LEARNT = {
+    "slopes": "slopes",
+    "a table": "table",
+    "a table in half": "table",
+    "all distances": "table",
+    "keys": "bias",
+    "keys in half": "bias",
+    "pairs": "bias",
+    "dropout": None,
+}
+
+
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("learnt", [False, True])
+@pytest.mark.parametrize(("engine", "name"), [one for one in CASES if one[1] in LEARNT])
+def test_alike_backward_passes_bring_their_terms(launches, engine, name, learnt, group):
+    make, which = (TERMS | TERMS_OF_PORTABLE)[name], LEARNT[name]
+    first, second = (backward(h_kv=4 // group) for _ in range(2))
+    if learnt and which:
+        first, second = first.needing(which), second.needing(which)
+    check_alike(launches, BOTH[engine], first, second, [make(), make()])
 
 
 @ENGINES

@@ -46,11 +46,10 @@ def backward(
     plan, (q, k, v, dout, out), given = plans.plan_of(
         joint_kernel, (q, k, v, dout, out), (lse, dlse), options, needs, same
     )
-    names = [name for name in ("q", "k", "v", "sinks") if name in needs]
     with launching.on(q.device):
         known = plan.again(*given)
         if known is not None:
-            return dict(zip(names, known, strict=True))
+            return dict(zip(sorted(needs), known, strict=True))
         inputs = (q, k, v, dout)
         written = {"q"} & needs | ({"k", "v"} if {"k", "v"} & needs else set())
         steps = plan.steps(*given)
@@ -65,7 +64,7 @@ def backward(
         sums = biases.Sums()
         if joint and "k" in grads:
             _, fixed = crews.tuned(call, "dqdkdv" if in_one else "dkdv")
-            sums = biases.sums_of(call, fixed, needs)
+            sums = biases.sums_of(call, steps, fixed, needs)
         served = (
             tuning.crew("dkdv", *call.head_sizes) is not None
             and call.unit > 1
@@ -77,10 +76,10 @@ def backward(
             return portable.backward(dout, dlse, q, k, v, out, lse, options, needs)
         stats = steps.own(lse.new_empty(2, *lse.shape))
         by_sums = {"bias", "table"} & needs
-        added = terms.terms_of(call, both=False) if by_sums else terms.NO_TERMS
+        added = terms.terms_of(call, steps, both=False) if by_sums else terms.NO_TERMS
         shared = Shared(call, added, inputs, call.strides(*inputs), stats, steps)
         compute_stats(shared, out, lse.contiguous(), None if dlse is None else dlse.contiguous())
-        work = Work(shared, biases.added_of(call), sums)
+        work = Work(shared, biases.added_of(call, steps), sums)
         if in_one:
             launch_joint(work, grads, in_order=same)
         else:
@@ -89,11 +88,11 @@ def backward(
             if "q" in grads:
                 launch_queries(work, grads["q"])
         if sums.bias is not None:
-            grads["bias"] = biases.bias_gradient(options.bias, sums.bias)
+            grads["bias"] = biases.bias_gradient(shared, options.bias, sums.bias)
         if sums.ends is not None:
             grads["table"] = biases.table_gradient(shared, options.table, sums.ends)
         grads |= term_gradients(shared, None, needs - grads.keys())
-        found = {name: grad for name, grad in grads.items() if name in needs}
+        found = {name: grads[name] for name in sorted(needs)}
         plan.keep(steps, *found.values())
     return found
 

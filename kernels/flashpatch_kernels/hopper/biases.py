@@ -26,6 +26,7 @@ from flashpatch_kernels.hopper.products import start_inner
 from flashpatch_kernels.hopper.rings import put_numbers
 from flashpatch_kernels.hopper.softmax import lane_sums
 from flashpatch_kernels.triton import setups, term_gradients, terms
+from flashpatch_kernels.triton.plans import Steps
 from flashpatch_kernels.triton.stats import Shared
 from flashpatch_kernels.triton.tiles import LOG2E
 
@@ -243,19 +244,19 @@ class Added(NamedTuple):
     numbers: tuple[int, ...]
 
 
-def added_of(call: setups.Setup) -> Added:
+def added_of(call: setups.Setup, steps: Steps) -> Added:
     """What is added to the scores of a call."""
     o = call.options
     slopes = [] if o.slopes is None else [terms.slopes_term(o.slopes)]
-    strides, ends, row, table = [0, 0, 0], (0, 0), 0, None
-    if o.table is not None:
-        table = o.table.float().contiguous()
+    strides, ends, row, table, bias = [0, 0, 0], (0, 0), 0, o.table, o.bias
+    if table is not None:
+        if table.dtype != torch.float32 or not table.is_contiguous():
+            table = steps.copied(table, torch.float32)
         row = table.shape[1]
         ends = call.first, call.first + row - 1
-    bias = None
-    if o.bias is not None:
-        bias = o.bias.float()
-        bias = bias if bias.stride(-1) == 1 else bias.contiguous()
+    if bias is not None:
+        if bias.dtype != torch.float32 or bias.stride(-1) != 1:
+            bias = steps.copied(bias, torch.float32)
         strides = setups.strides(bias)
     unit = 1 / o.scale if crews.plain(call) else 1.0
     numbers = (*strides, 1, row, *ends, call.origin)
@@ -266,7 +267,7 @@ class Sums(NamedTuple):
     """Memory for what the joint kernel sums of dS for gradients of terms; None where it does not.
 
     Attributes:
-        bias: For each key, [B, H_kv, M].
+        bias: For each key, [B, H_kv, 1, M].
         ends: What lies far below and far above the ends of a table, [2, B, H, parts].
         near: What is not far, as `with_ds` has it.
     """
@@ -276,7 +277,9 @@ class Sums(NamedTuple):
     near: tuple[int, int, int] = (0, 0, 1)
 
 
-def sums_of(call: setups.Setup, fixed: crews.Constants, needs: frozenset[str]) -> Sums:
+def sums_of(
+    call: setups.Setup, steps: Steps, fixed: crews.Constants, needs: frozenset[str]
+) -> Sums:
     """Memory for the sums of a call.
 
     They are of all queries and heads that a tile of keys meets, and of dS before a cap is taken
@@ -288,12 +291,12 @@ def sums_of(call: setups.Setup, fixed: crews.Constants, needs: frozenset[str]) -
     o, (n_batch, n_heads, group, _, n_keys) = call.options, call.sizes
 
     def memory(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=call.device)
+        return steps.own(torch.empty(shape, dtype=torch.float32, device=call.device))
 
     bias, ends, near = None, None, (0, 0, 1)
     if o.softcap is None:
         if o.bias is not None and "bias" in needs and (group == 1 or o.bias.shape[1] == 1):
-            bias = memory(n_batch, n_heads // group, n_keys)
+            bias = memory(n_batch, n_heads // group, 1, n_keys)
         tile, _ = call.tuned("sums")
         inside = tile.BM % fixed.BM == 0 and tile.BN == fixed.R
         if call.clamped and "table" in needs and group == 1 and inside:
@@ -309,18 +312,19 @@ def table_gradient(shared: Shared, table: Tensor, ends: Tensor) -> Tensor:
     What is near is summed for each distance, of which those beyond the ends belong to them too.
     """
     tile, _ = shared.call.tuned("sums")
-    reach = tile.BM + tile.BN
-    near = term_gradients.table_sums(shared, table, None, reach)
-    below, grad, above = near.split((reach, table.shape[1], reach), 1)
-    far = ends.sum((1, 3))
-    grad[:, 0] += below.sum(1) + far[0]
-    grad[:, -1] += above.sum(1) + far[1]
-    return grad.to(table.dtype).contiguous()
+    return term_gradients.table_gradient(shared, table, ends, tile.BM + tile.BN)
 
 
-def bias_gradient(bias: Tensor, sums: Tensor) -> Tensor:
-    """The gradient of a bias of keys [B|1, H|1, 1, M] from sums of dS [B, H_kv, M]."""
-    shared = [x for x in (0, 1) if bias.shape[x] == 1]
-    if shared:
-        sums = sums.sum(shared, keepdim=True)
-    return sums[:, :, None].to(bias.dtype)
+def bias_gradient(shared: Shared, bias: Tensor, sums: Tensor) -> Tensor:
+    """The gradient of a bias of keys [B|1, H|1, 1, M] from sums of dS [B, H_kv, 1, M]."""
+    if bias.dtype == sums.dtype and bias.shape == sums.shape:
+        return sums
+    steps = shared.steps
+    grad = steps.own(torch.empty(bias.shape, dtype=bias.dtype, device=bias.device))
+    steps.do(write_sum, sums, grad)
+    return grad
+
+
+def write_sum(x: Tensor, out: Tensor) -> None:
+    """Writes the sum of x over the dimensions in which `out` has 1 for all."""
+    out.copy_(x.sum_to_size(out.shape))

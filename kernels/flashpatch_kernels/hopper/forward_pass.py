@@ -337,7 +337,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
         tile, fixed = crews.tuned(call, "forward")
         n_batch, n_heads, _, n_queries, n_keys = call.sizes
         n_tiles = setups.cdiv(n_queries, tile.BM)
-        added = biases.added_of(call)
+        added = biases.added_of(call, steps)
         steps.launch(
             forward_kernel,
             crews.programs(call, "forward", n_tiles * n_batch * n_heads),

@@ -389,11 +389,10 @@ def backward(
     plan, (q, k, v, dout, out), given = plans.plan_of(
         dq_kernel, (*asked, dout, out), (lse, dlse), options, needs
     )
-    names = [name for name in ("q", "k", "v", "sinks") if name in needs]
     with launching.on(q.device):
         known = plan.again(*given)
         if known is not None:
-            return dict(zip(names, known, strict=True))
+            return dict(zip(sorted(needs), known, strict=True))
         inputs = (q, k, v, dout)
         steps = plan.steps(*given)
         grads = {
@@ -405,7 +404,7 @@ def backward(
         call = setups.Setup.of(q, k, v, (out, dout, *written.values()), options)
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         stats = steps.own(lse.new_empty(2, *lse.shape))
-        added = terms.terms_of(call, both=True)
+        added = terms.terms_of(call, steps, both=True)
         shared = Shared(call, added, inputs, call.strides(*inputs), stats, steps)
         queries = "q" in needs or "slopes" in needs or ("table" in needs and call.clamped)
         rounded = q.dtype == torch.float32 and bool(needs - {"q", "k", "v"})
@@ -422,8 +421,9 @@ def backward(
         for name, grad in grads.items():
             if written[name] is not grad:
                 grad.copy_(written[name])
-        plan.keep(steps, *grads.values(), *found.values())
-    return grads | found
+        found = {name: (grads | found)[name] for name in sorted(needs)}
+        plan.keep(steps, *found.values())
+    return found
 
 
 def writable(grad: Tensor) -> Tensor:
@@ -480,7 +480,9 @@ def compute_dq(
     out, lse = (None, None) if saved is None else saved
     n_tiles = setups.cdiv(n_queries, tile.BM)
     of_slopes, of_ends = "slopes" in needs, "table" in needs and call.clamped
-    sums = stats.new_empty(3, n_batch, n_heads, n_tiles) if of_slopes or of_ends else None
+    sums = None
+    if of_slopes or of_ends:
+        sums = steps.own(stats.new_empty(3, n_batch, n_heads, n_tiles))
     steps.launch(
         dq_kernel,
         n_tiles * n_batch * n_heads,

@@ -176,7 +176,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
         tile, fixed = call.tuned("forward")
         n_batch, n_heads, group, n_queries, n_keys = call.sizes
         n_tiles = setups.cdiv(n_queries, tile.BM)
-        added = terms.terms_of(call, both=False)
+        added = terms.terms_of(call, steps, both=False)
         steps.launch(
             forward_kernel,
             n_tiles * n_batch * n_heads,

@@ -10,13 +10,14 @@ from functools import lru_cache
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from flashpatch_kernels.masks import Band, Boolean, Intervals
 from flashpatch_kernels.options import Options
 from flashpatch_kernels.recent import Recent
 from flashpatch_kernels.triton import launching, memory, setups
-from flashpatch_kernels.triton.relaunching import Launch
+from flashpatch_kernels.triton.relaunching import Launch, tensors_in
 from flashpatch_kernels.tuning import Tile
 
 
@@ -49,6 +50,12 @@ class Steps:
             self.layouts.append(setups.Layout(tuple(x.shape), x.stride(), x.dtype))
         return x
 
+    def copied(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The numbers of a tensor in memory of the call's own, one row after the other."""
+        copy = self.own(torch.empty(x.shape, dtype=dtype, device=x.device))
+        self.do(Tensor.copy_, copy, x)
+        return copy
+
     def do(self, function: Callable[..., Any], *tensors: Tensor) -> None:
         """Has a function work on tensors."""
         function(*tensors)
@@ -61,9 +68,8 @@ class Steps:
         if compiled is None:
             self.repeatable = False
         elif self.repeatable:
-            tensors = [x for x in arguments if isinstance(x, Tensor)]
             make = Launch(compiled, n_programs, tile, arguments).make
-            self.done.append((make, self.places(tensors)))
+            self.done.append((make, self.places(tensors_in(arguments))))
 
     def places(self, tensors: Iterable[Tensor]) -> list[int]:
         """Where tensors stand; the steps cannot be taken again if one stands nowhere."""
@@ -148,9 +154,9 @@ def plan_of(
 ) -> tuple[Plan, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """The plan that alike calls of a function share.
 
-    Shared are those without terms but sinks, but for Booleans, of tensors that are read as they
-    are. The tensors that such a call makes follow from those that it is given, and lie at multiples
-    of 16 bytes, as all that torch allocates.
+    Shared are those of tensors that are read as they are, but for Booleans, vectors by distance and
+    users' functions. The tensors that such a call makes follow from those that it is given, and lie
+    at multiples of 16 bytes, as all that torch allocates.
 
     Args:
         tensors: [B, H, N, D], which kernels read in rows.
@@ -161,18 +167,17 @@ def plan_of(
         The plan, the tensors as kernels can read them, and all that the plan's steps are given.
     """
     o, mask = options, options.mask
-    others = (*others, o.sinks)
+    others = (*others, o.sinks, o.table, o.slopes, o.bias, o.seed)
     if isinstance(mask, Intervals):
         others = (*others, mask.bounds, mask.runs)
     relative = o.relative_queries or o.relative_keys or o.relative_values
-    bare = o.table is o.slopes is o.bias is o.score is relative is None and not o.dropout
-    if not bare or isinstance(mask, Boolean):
+    if isinstance(mask, Boolean) or not (relative is o.score is None):
         tensors = tuple(map(setups.readable, tensors))
         return Plan(kept=False), tensors, (*tensors, *others)
     band = (mask.left, mask.right, mask.offset) if isinstance(mask, Band) else None
     same = (
         *(id(function), setups.precision(tensors[0].dtype)),
-        *(band, o.scale, o.softcap, *alike),
+        *(band, o.scale, o.softcap, o.first, o.offset, o.dropout, *alike),
     )
     given = (*tensors, *others)
     there, addresses = [], 0

@@ -6,7 +6,7 @@ from launch to launch but addresses, the stream and the memory that a kernel wan
 order of all that differs from one Triton to the next, so the launcher itself is asked for it once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from contextvars import copy_context
 from copy import copy
@@ -28,7 +28,8 @@ class Launch:
         self.compiled = compiled
         self._grid_and_tile = n_programs, tile
         self._places = [at for at, x in enumerate(arguments) if isinstance(x, Tensor)]
-        self._rest = [None if isinstance(x, Tensor) else x for x in arguments]
+        self._rest = [_without_tensors(x) for x in arguments]
+        self._nests = [at for at, x in enumerate(arguments) if type(x) is tuple and tensors_in(x)]
         self._given = given(compiled, n_programs)
         self._stream_of = triton.runtime.driver.active.get_current_stream
 
@@ -36,12 +37,15 @@ class Launch:
         """Makes it on the current stream of the tensors' device, which is the current one.
 
         Args:
-            tensors: In the order of the arguments.
+            tensors: In the order of `tensors_in` the arguments.
         """
         by_addresses = self._given is not None and not launching.watched()
         arguments = self._rest.copy()
-        for at, x in zip(self._places, tensors, strict=True):
-            arguments[at] = x.data_ptr() if by_addresses else x
+        rest = iter([x.data_ptr() for x in tensors] if by_addresses else tensors)
+        for at in self._places:
+            arguments[at] = next(rest)
+        for at in self._nests:
+            arguments[at] = _with_tensors(arguments[at], rest)
         if not by_addresses:
             launching.start(self.compiled, *self._grid_and_tile, arguments)
             return
@@ -57,6 +61,32 @@ class Launch:
             function(*before, *arguments)
         else:
             function(*before, arguments)
+
+
+def tensors_in(arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors among arguments, and after them those in tuples."""
+    found = [x for x in arguments if isinstance(x, Tensor)]
+    for x in arguments:
+        if type(x) is tuple:
+            found += tensors_in(x)
+    return found
+
+
+# Stands for a tensor.
+_TENSOR = object()
+
+
+def _without_tensors(x: Any) -> Any:
+    """An argument, with something else in the place of every tensor."""
+    if type(x) is tuple:
+        return tuple(map(_without_tensors, x))
+    return _TENSOR if isinstance(x, Tensor) else x
+
+
+def _with_tensors(x: Any, tensors: Iterator[Any]) -> Any:
+    """The same with other tensors, in the order of `tensors_in`."""
+    filled = [next(tensors) if y is _TENSOR else y for y in x]
+    return tuple([_with_tensors(y, tensors) if type(y) is tuple else y for y in filled])
 
 
 class Given(NamedTuple):

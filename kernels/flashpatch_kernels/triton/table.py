@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from flashpatch_kernels.options import HIDES
-from flashpatch_kernels.triton import launching, setups
+from flashpatch_kernels.triton import setups
 from flashpatch_kernels.triton.compiling import kernel
+from flashpatch_kernels.triton.plans import Steps
 from flashpatch_kernels.tuning import Tile
 
 HIDDEN = tl.constexpr(HIDES)
@@ -128,47 +129,50 @@ def levels(score, source, head):
     return low, entries(score[13], head, score, source)
 
 
-def copies_of(table: Tensor, first: int, rows: int, dtype: torch.dtype, *, both: bool) -> Tensor:
-    """Copies of a table [H, T] that begins at the distance `first`: [1 or 2, H, rows, row].
+def copies_of(
+    steps: Steps, table: Tensor, first: int, rows: int, dtype: torch.dtype, *, reverse: bool
+) -> Tensor:
+    """Copies of a table [H, T] that begins at the distance `first`, or reversed: [H, rows, row].
 
     In half precision beside half precision: what that loses is less than what the weights lose.
 
     Args:
         rows: Copies of each table, as many as tiles have rows.
         dtype: Of q.
-        both: Whether copies of the reversed table are wanted too.
     """
     n_heads, entries = table.shape
+    table = table if table.is_contiguous() else steps.copied(table, table.dtype)
     row = (entries + 2 * REACH.value + TILE + 15) // 8 * 8
     kind = torch.float32 if dtype == torch.float32 else torch.float16
-    copies = table.new_empty((2 if both else 1, n_heads, rows, row), dtype=kind)
+    copies = steps.own(table.new_empty((n_heads, rows, row), dtype=kind))
     tile = Tile(8, 1024, 4, 1)
-    launching.launch(
+    steps.launch(
         copies_kernel,
-        copies.shape[0] * n_heads * (rows // tile.BM) * setups.cdiv(row, tile.BN),
+        n_heads * (rows // tile.BM) * setups.cdiv(row, tile.BN),
         tile,
-        *(table.contiguous(), copies, n_heads, rows, row, first, entries),
-        *(kind == torch.float16, tile.BM, tile.BN),
+        *(table, copies, rows, row, first, entries),
+        *(reverse, kind == torch.float16, tile.BM, tile.BN),
     )
     return copies
 
 
 @kernel
 def copies_kernel(
-    TABLE, COPIES, n_heads, rows, row, first, entries,
-    HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TABLE, COPIES, rows, row, first, entries,
+    REVERSE: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """BN entries of BM copies: entry y of copy r is the distance start + y - r, or its opposite."""
     n_parts = tl.cdiv(row, BN)
     y = tl.program_id(0) % n_parts * BN + tl.arange(0, BN)[None, :]
     copy = tl.program_id(0) // n_parts * BM + tl.arange(0, BM)[:, None]
-    table = copy // rows  # the head, then the head of the reversed table
-    start = (first & -8) - REACH
-    start_reversed = (-(first + entries - 1) & -8) - REACH
-    straight = start + y - copy % rows
-    distance = tl.where(table < n_heads, straight, start - start_reversed - straight)
+    if REVERSE:
+        start = (-(first + entries - 1) & -8) - REACH
+        distance = copy % rows - start - y
+    else:
+        start = (first & -8) - REACH
+        distance = start + y - copy % rows
     at = tl.minimum(tl.maximum(distance - first, 0), entries - 1)
-    x = tl.load(TABLE + tl.cast(table % n_heads, tl.int64) * entries + at).to(tl.float32)
+    x = tl.load(TABLE + tl.cast(copy // rows, tl.int64) * entries + at).to(tl.float32)
     if HALF:
         # Beyond the range of half precision a bias stays finite, unless it hides its keys.
         x = tl.where(x < HIDDEN, float("-inf"), tl.minimum(tl.maximum(x, -65504.0), 65504.0))

@@ -177,42 +177,63 @@ def table_finish(walk, pid, acc, out, n_queries, n_keys, C: tl.constexpr):
     tl.store(out + table_sum(walk, pid) * W + tl.arange(0, W), tl.sum(along, 0))
 
 
+@triton.jit
+def of_distances(
+    sums, head, place, n_diagonals, n_chunks, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """What the pairs of some distances sum to, of their places in the sums of diagonals of tiles.
+
+    Diagonals of tiles that have a distance have it as place w in their sums: from the largest w.
+    """
+    W: tl.constexpr = 2 * BM
+    total = tl.zeros(place.shape, tl.float32)
+    for y in tl.static_range((BM + BN) // BN):
+        which = place // BN - y
+        w = place - which * BN
+        real = (place >= 0) & (which >= 0) & (which < n_diagonals) & (w < BM + BN - 1)
+        at = sums + (head * n_diagonals + which) * n_chunks * W + w
+        for chunk in tl.range(0, n_chunks):
+            total += tl.load(at + chunk * W, mask=real, other=0.0)
+    return total
+
+
 @kernel
 def entries_kernel(
-    SUMS, ENDS, OUT, first, entries, n_batch, n_heads, n_row_tiles,
+    SUMS, ENDS, OUT, first, entries, n_batch, n_heads, n_ends, n_row_tiles,
     first_diagonal, n_diagonals, n_chunks,
-    BM: tl.constexpr, BN: tl.constexpr, X: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, X: tl.constexpr, REACH: tl.constexpr,
 ):  # fmt: skip
     """X entries of the gradient [H, T] of a table, from the sums of diagonals of tiles.
 
-    ENDS has what lies beyond the ends, [2, B, H, tiles], of a table that is constant there: the
-    first and the last entry are of no other pairs.
+    ENDS has, as the last of [n_ends, B, H, tiles], what lies beyond the ends of a table that is
+    constant there: with what has the distances of the ends themselves, or, with REACH, only what
+    lies more than so many distances beyond.
     """
     n_parts = tl.cdiv(entries, X)
     head = tl.cast(tl.program_id(0) // n_parts, tl.int64)
-    x = tl.program_id(0) % n_parts * X + tl.arange(0, X)
-    W: tl.constexpr = 2 * BM
-    # Diagonals of tiles that have the distance, as place w in their sums: from the largest w.
-    distance = first + x + (BM - 1) - first_diagonal * BN
-    total = tl.zeros([X], tl.float32)
-    for y in tl.static_range((BM + BN) // BN):
-        which = distance // BN - y
-        w = distance - which * BN
-        real = (distance >= 0) & (which >= 0) & (which < n_diagonals) & (w < BM + BN - 1)
-        at = SUMS + (head * n_diagonals + which) * n_chunks * W + w
-        for chunk in tl.range(0, n_chunks):
-            total += tl.load(at + chunk * W, mask=real, other=0.0)
+    start = tl.program_id(0) % n_parts * X
+    r = tl.arange(0, X)
+    x = start + r
+    # The place of a distance among the sums.
+    place = first + (BM - 1) - first_diagonal * BN
+    total = of_distances(SUMS, head, place + x, n_diagonals, n_chunks, BM, BN)
     if ENDS is not None:
-        total = tl.where((x == 0) | (x == entries - 1), 0.0, total)
-        r = tl.arange(0, X)
+        if REACH == 0:
+            total = tl.where((x == 0) | (x == entries - 1), 0.0, total)
         for end in tl.static_range(2):
+            last = end * (entries - 1)
+            here = (start <= last) & (last < start + X)
             beyond = tl.zeros([X], tl.float32)
-            for at in tl.range(0, n_batch * n_row_tiles, X):
+            for at in tl.range(0, tl.where(here, n_batch * n_row_tiles, 0), X):
                 t = at + r
-                row = end * n_batch + t // n_row_tiles
+                row = (n_ends - 2 + end) * n_batch + t // n_row_tiles
                 at_t = ENDS + (row * n_heads + head) * n_row_tiles + t % n_row_tiles
                 beyond += tl.load(at_t, mask=t < n_batch * n_row_tiles, other=0.0)
-            total += tl.where(x == end * (entries - 1), tl.sum(beyond), 0.0)
+            for y in tl.range(0, tl.where(here, REACH, 0), X):
+                past = place + last + (1 + y + r) * (2 * end - 1)
+                near = of_distances(SUMS, head, past, n_diagonals, n_chunks, BM, BN)
+                beyond += tl.where(y + r < REACH, near, 0.0)
+            total += tl.where(x == last, tl.sum(beyond), 0.0)
     tl.store(OUT + head * entries + x, total.to(OUT.dtype.element_ty), mask=x < entries)
 
 
@@ -227,11 +248,12 @@ def term_gradients(
     options = shared.call.options
     grads: dict[str, Tensor] = {}
     if options.table is not None and "table" in needs:
-        ends = row_sums[1:] if row_sums is not None and shared.call.clamped else None
+        ends = row_sums if shared.call.clamped else None
         grads["table"] = table_gradient(shared, options.table, ends)
     if options.slopes is not None and "slopes" in needs:
         assert row_sums is not None
-        grads["slopes"] = row_sums[0].sum((0, 2)).to(options.slopes.dtype)
+        grads["slopes"] = shared.steps.own(torch.empty_like(options.slopes))
+        shared.steps.do(write_slopes_gradient, row_sums, grads["slopes"])
     if options.bias is not None and "bias" in needs:
         grads["bias"] = bias_gradient(shared, options.bias)
     if options.sinks is not None and "sinks" in needs:
@@ -245,7 +267,7 @@ def bias_gradient(shared: Shared, bias: Tensor) -> Tensor:
     _, _, _, n_queries, n_keys = shared.call.sizes
     rows, heads, n_rows, _ = bias.shape
     tile, _ = shared.call.tuned("sums")
-    out = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    out = shared.steps.own(torch.empty(bias.shape, dtype=bias.dtype, device=bias.device))
     n_programs = rows * heads * setups.cdiv(n_keys, tile.BN)
     functions, fixed = (keys_steps, keys_place, keys_finish), None
     if n_rows == n_queries > 1:
@@ -259,33 +281,30 @@ def bias_gradient(shared: Shared, bias: Tensor) -> Tensor:
     return out
 
 
-def table_gradient(shared: Shared, table: Tensor, ends: Tensor | None) -> Tensor:
-    """The gradient of a table [H, T]; `ends` as `entries_kernel` takes it."""
-    return table_sums(shared, table, ends, 0).to(table.dtype)
-
-
-def table_sums(shared: Shared, table: Tensor, ends: Tensor | None, reach: int) -> Tensor:
-    """The sums of ds by distance, for a table [H, T] and `reach` distances beyond either end."""
-    call = shared.call
+def table_gradient(shared: Shared, table: Tensor, ends: Tensor | None, reach: int = 0) -> Tensor:
+    """The gradient of a table [H, T]; `ends` and `reach` as `entries_kernel` takes them."""
+    call, steps = shared.call, shared.steps
     n_batch, n_heads = call.sizes[:2]
     tile, _ = call.tuned("sums")
-    first, entries = call.first - reach, table.shape[1] + 2 * reach
-    out = table.new_empty((n_heads, entries), dtype=torch.float32)
+    entries = table.shape[1]
     first_diagonal, n_diagonals, n_chunks = table_diagonals(call)
-    sums = table.new_empty((n_heads, n_diagonals, n_chunks, 2 * tile.BM), dtype=torch.float32)
+    out = steps.own(table.new_empty(n_heads, entries))
+    shape = n_heads, n_diagonals, n_chunks, 2 * tile.BM
+    sums = steps.own(table.new_empty(shape, dtype=torch.float32))
     if n_diagonals:
         functions = (table_steps, table_place, table_finish)
         numbers = (first_diagonal, n_diagonals, n_chunks, 0)
         # On a diagonal the table, the first of the terms, is the same in every tile.
         sum_ds(shared, sums, Walk(*functions, 0, numbers, n_heads * n_diagonals * n_chunks))
     width = 128
-    shared.steps.launch(
+    steps.launch(
         entries_kernel,
         n_heads * setups.cdiv(entries, width),
         Tile(tile.BM, tile.BN, 4, 1),
-        *(sums, ends, out, first, entries, n_batch, n_heads),
-        *(0 if ends is None else ends.shape[3], first_diagonal, n_diagonals, n_chunks),
-        *(tile.BM, tile.BN, width),
+        *(sums, ends, out, call.first, entries, n_batch, n_heads),
+        *((0, 0) if ends is None else (ends.shape[0], ends.shape[3])),
+        *(first_diagonal, n_diagonals, n_chunks),
+        *(tile.BM, tile.BN, width, reach),
     )
     return out
 
@@ -318,6 +337,11 @@ def visible(mask: object, low: int, high: int) -> tuple[int, int]:
         low = low if mask.left is None else max(low, mask.offset - mask.left)
         high = high if mask.right is None else min(high, mask.offset + mask.right)
     return low, high
+
+
+def write_slopes_gradient(row_sums: Tensor, out: Tensor) -> None:
+    """Writes the gradient of the slopes [H] from what `dq_kernel` summed."""
+    out.copy_(row_sums[0].sum((0, 2)))
 
 
 def write_sinks_gradient(stats: Tensor, sinks: Tensor, out: Tensor) -> None:

@@ -3,9 +3,11 @@
 import hashlib
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from flashpatch_kernels.triton import bias, relative, scores, setups, slopes, table
+from flashpatch_kernels.triton.plans import Steps
 
 
 class Term(NamedTuple):
@@ -94,7 +96,7 @@ def slopes_term(x: Tensor) -> Term:
     return Term(slopes.open, slopes.add, slopes.add, (x,))
 
 
-def terms_of(call: setups.Setup, *, both: bool) -> Terms:
+def terms_of(call: setups.Setup, steps: Steps, *, both: bool) -> Terms:
     """The terms of a call, for tiles of `both` orientations or only [queries, keys]."""
     options = call.options
     straight: list[Term] = []
@@ -102,7 +104,7 @@ def terms_of(call: setups.Setup, *, both: bool) -> Terms:
     bias_strides, table_numbers = [0, 0, 0], (0, 0, 0, 0)
     tma = call.tuned("forward")[1].TMA
     if options.table is not None:
-        both_ways, tensors, table_numbers = _table(options.table, call, tma=tma, both=both)
+        both_ways, tensors, table_numbers = _table(options.table, call, steps, tma=tma, both=both)
         for orientation, (opens, add), x in zip(
             (straight, transposed), both_ways, tensors, strict=True
         ):
@@ -112,7 +114,7 @@ def terms_of(call: setups.Setup, *, both: bool) -> Terms:
         straight.append(one)
         transposed.append(one)
     if options.bias is not None:
-        both_ways, tensor, bias_strides = _bias(options.bias, call.sizes, tma=tma)
+        both_ways, tensor, bias_strides = _bias(options.bias, call.sizes, steps, tma=tma)
         for orientation, (opens, add) in zip((straight, transposed), both_ways, strict=True):
             orientation.append(Term(opens, add, add, (tensor,)))
     score = options.score
@@ -150,27 +152,32 @@ COPIED_TILES = (
 
 
 def _table(
-    x: Tensor, call: setups.Setup, *, tma: bool, both: bool
+    x: Tensor, call: setups.Setup, steps: Steps, *, tma: bool, both: bool
 ) -> tuple[tuple[Functions, Functions], tuple[Tensor, Tensor], tuple[int, int, int, int]]:
     """`open` and `add` of a table for both orientations, what each reads, and its numbers."""
     first = call.first
     last = first + x.shape[1] - 1
     if call.far:
-        x = x if x.stride(1) == 1 else x.contiguous()
+        x = x if x.stride(1) == 1 else steps.copied(x, x.dtype)
         return ENTRIES, (x, x), (1, x.stride(0), first, last)
-    copies = table.copies_of(x, first, table.TILE, call.dtype, both=both)
+    copies = [
+        table.copies_of(steps, x, first, table.TILE, call.dtype, reverse=reverse)
+        for reverse in ((False, True) if both else (False,))
+    ]
     functions = COPIED_TILES if tma else COPIES
-    return functions, (copies[0], copies[-1]), (table.TILE, copies.shape[3] // 8, first, last)
+    numbers = table.TILE, copies[0].shape[2] // 8, first, last
+    return functions, (copies[0], copies[-1]), numbers
 
 
 def _bias(
-    x: Tensor, sizes: tuple[int, ...], *, tma: bool
+    x: Tensor, sizes: tuple[int, ...], steps: Steps, *, tma: bool
 ) -> tuple[tuple[Functions, Functions], Tensor, list[int]]:
     """`open` and `add` of a bias for both orientations, the bias, and its strides."""
     _, _, group, _, n_keys = sizes
-    x = x if x.stride(-1) == 1 or n_keys == 1 else x.contiguous()
+    x = x if x.stride(-1) == 1 or n_keys == 1 else steps.copied(x, x.dtype)
     if x.shape[2] == 1 or x.stride(2) == 0:
-        x = x[:, :, :1].float() if setups.NVIDIA else x
+        if setups.NVIDIA and x.dtype != torch.float32:
+            x = steps.copied(x[:, :, :1] if x.shape[2] > 1 else x, torch.float32)
         strides = setups.strides(x)
         if group == 1 or strides[1] == 0:
             return SHARED_KEYS_ONCE if setups.NVIDIA else SHARED_KEYS, x, strides
