@@ -4,9 +4,9 @@
 schema can say, and the engine's name. They are what autograd, torch.compile and checkpointing see.
 """
 
-import os
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
+from dataclasses import replace
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -16,11 +16,10 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.nn import Parameter
 
-from flashpatch_kernels import checks, masks, reference, schema, sdpa, second_order
+from flashpatch_kernels import checks, decisions, masks, reference, schema, sdpa, second_order
 from flashpatch_kernels.engines import Call, choose, computing_dtype, device_type
 from flashpatch_kernels.masks import Band, Mask
 from flashpatch_kernels.options import TERMS, Options, Relative, Score
-from flashpatch_kernels.recent import Recent
 
 # Arguments of `attention` that go by the distance of query and key, or by their place.
 PLACED = (
@@ -107,12 +106,14 @@ def attention(
 
     Source: Dao, FlashAttention-2 (2023); the sources of the terms stand in `Options`.
     """
+    terms = (table, slopes, bias, sinks)
+    given = [q, k, v, *[x for x in terms if x is not None]]
     recent = None
-    bare = mask is table is first is slopes is bias is sinks is score is None and not dropout
-    if bare and relative_queries is relative_keys is relative_values is None:
-        plain = (causal, window, scale, softcap, dropout, engine, return_lse)
-        recent = _recent_of(q, *plain)
-    decided = None if recent is None else recent.found(q, k, v)
+    no_vectors = relative_queries is relative_keys is relative_values is None
+    if no_vectors and mask is score is None and not dropout:
+        plain = (causal, window, scale, softcap, first, dropout, engine, return_lse)
+        recent = decisions.recent_of(q, terms, plain)
+    decided = None if recent is None else recent.found(*given)
     if decided is None:
         checks.check_tensors(q, k, v)
         batch, heads, n_queries, head_size = q.shape
@@ -139,39 +140,17 @@ def attention(
         )
         call = Call.of(q, k, v, options, lse=return_lse)
         name = choose(call).name if engine is None else checks.named(engine, call)
-        decided = options, name
         if recent is not None:
-            recent.note(decided, q, k, v)
-    out, lse = run(q, k, v, *decided)
+            recent.note((options.without_terms(), name), *given)
+    else:
+        options, name = decided
+        if len(given) > 3:
+            options = replace(options, table=table, slopes=slopes, bias=bias, sinks=sinks)
+    out, lse = run(q, k, v, options, name)
     if not return_lse:
         return out
     assert lse is not None
     return out, lse
-
-
-def _recent_of(q: Tensor, *plain: Any) -> Recent[tuple[Options, str]] | None:
-    """Where the options and the engine are noted of calls without other tensors than q, k and v.
-
-    Args:
-        plain: The rest of what is given; one that is not plain has nothing noted.
-    """
-    # Sizes of other types may be symbols, which must not be compared.
-    if torch.compiler.is_compiling() or type(q) not in (Tensor, Parameter):
-        return None
-    if not _PLAIN.issuperset(map(type, plain)):
-        return None
-    # Whatever else decides, beside what `Recent` looks at: off a card, whether Triton interprets.
-    interpret = None if q.is_cuda else os.environ.get("TRITON_INTERPRET")
-    return _recent(*plain, torch.is_grad_enabled(), computing_dtype(q), interpret)
-
-
-_PLAIN = frozenset((bool, int, float, str, type(None)))
-
-
-# Typed, because True is 1 but no window.
-@lru_cache(256, typed=True)
-def _recent(*_: Any) -> Recent[tuple[Options, str]]:
-    return Recent()
 
 
 def attention_varlen(

@@ -149,7 +149,11 @@ class Options:
                 found[name] = x
         return found
 
-    def with_terms(self, terms: Mapping[str, Tensor]) -> "Options":
+    def without_terms(self) -> "Options":
+        """The same without its differentiable tensors."""
+        return self.with_terms(dict.fromkeys(self.terms)) if self.terms else self
+
+    def with_terms(self, terms: Mapping[str, Tensor | None]) -> "Options":
         """The same with other tensors in the place of those named."""
         changed: dict[str, Any] = {}
         for name, x in terms.items():
