@@ -397,6 +397,38 @@ def test_alike_calls_after_each_other(
     assert launched == kernels * 3
 
 
+@pytest.mark.parametrize("learnt", [False, True])
+@pytest.mark.parametrize("term", ["slopes", "bias", "table", "clamped table"])
+@pytest.mark.parametrize("mask", ["causal", "causal keys"])
+@pytest.mark.parametrize("d", [64, 128])
+def test_alike_calls_after_each_other_with_their_own_terms(
+    case, launched, monkeypatch, mask, term, learnt, d
+):
+    """Slopes that are learnt take the portable kernels' steps."""
+    from flashpatch_kernels.triton import launching
+
+    one = case(mask, terms=(term,), n=500, m=500, kv_heads=4, d=d, entries=150, first=-90)
+    ((name, x),) = one.options.terms.items()
+
+    def answer(attend, q, k, v, options, dout):
+        out, _ = attend(q, k, v, options)
+        inputs = (q, k, v, *options.terms.values()) if learnt else (q, k, v)
+        return out, *torch.autograd.grad(out, inputs, dout)
+
+    for factor in (1.0, 0.5, -2.0):
+        inputs = [spread(x.detach() * factor).requires_grad_() for x in (one.q, one.k, one.v)]
+        mine = (x.detach() * abs(factor)).requires_grad_(learnt)
+        options = one.options.with_terms({name: mine})
+        found = answer(attend, *inputs, options, spread(one.dout))
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        options = options.with_terms({name: mine.detach().double().requires_grad_(learnt)})
+        true = answer(reference.attention, *exact, options, one.dout.double())
+        for ours, theirs in zip(found, true, strict=True):
+            assert (ours - theirs).norm() < 2e-2 * theirs.norm()
+        monkeypatch.setattr(launching, "launch", None)
+    assert launched == ([FORWARD] if term == "slopes" and learnt else SIZES[d]) * 3
+
+
 @pytest.mark.parametrize("mask", ["full", "causal", "causal keys"])
 @pytest.mark.parametrize("d", SIZES)
 def test_programs_that_take_many_turns(case, compare, mask, d):
