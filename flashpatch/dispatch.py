@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from flashpatch_kernels import decisions
 from flashpatch_kernels.engines import TILED, Call, Engine, Reason, choose, why_not
 from flashpatch_kernels.op import run
 from flashpatch_kernels.options import Options
@@ -70,6 +71,19 @@ def decide(call: Call) -> Engine | Reason:
     return why_not(TILED, call) or choose(call)
 
 
+def decided(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, *, lse: bool = False
+) -> Engine | Reason:
+    """As `decide`, asked once for calls that are alike."""
+    recent, given = decisions.recent_of_options(q, k, v, options, lse=lse)
+    found = None if recent is None else recent.found(*given)
+    if found is None:
+        found = decide(Call.of(q, k, v, options, lse=lse))
+        if recent is not None:
+            recent.note(found, *given)
+    return found
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -91,7 +105,7 @@ def attend(
     Returns:
         The engine's output [B, H, N, Dv], or whatever `fallback` returned.
     """
-    chosen = decide(Call.of(q, k, v, options))
+    chosen = decided(q, k, v, options)
     if isinstance(chosen, Reason):
         return fall_back(chosen, settings, fallback)
     out, _ = run(q, k, v, options, chosen.name)
@@ -116,7 +130,7 @@ def attend_parts(
     """
     engines = []
     for part in parts:
-        chosen = decide(Call.of(*part, lse=lse))
+        chosen = decided(*part, lse=lse)
         if isinstance(chosen, Reason):
             return fall_back(chosen, settings, lambda: None)
         engines.append(chosen.name)

@@ -10,6 +10,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from flashpatch import dispatch
+from flashpatch_kernels import decisions
 from flashpatch_kernels.engines import TILED, TRITON_INSTALLED
 
 # The same examples in every run, and no deadline on machines that do other things beside.
@@ -59,6 +60,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def undecided() -> None:
+    """What was decided for another test's calls would hide what this one replaces."""
+    decisions.forget()
 
 
 @pytest.fixture

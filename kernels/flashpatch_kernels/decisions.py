@@ -1,4 +1,4 @@
-"""Where options and the engine are noted of calls of `attention`, for those that are alike.
+"""Where it is noted what was decided for a call, for those that are alike.
 
 To check what a call is given, and to choose its engine, takes longer than to compute a short one.
 """
@@ -12,20 +12,18 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from flashpatch_kernels.engines import computing_dtype
+from flashpatch_kernels.masks import Band, Boolean
 from flashpatch_kernels.options import Options
 from flashpatch_kernels.recent import Recent
 
-Decided = tuple[Options, str]
-
 
 def recent_of(
-    q: Tensor, terms: tuple[Tensor | None, ...], plain: tuple[Any, ...]
-) -> Recent[Decided] | None:
-    """What was last decided for calls with the same of these terms, and else of plain arguments.
-
-    Noted are options without tensors, which each call has of its own.
+    q: Tensor, tensors: tuple[Tensor | None, ...], plain: tuple[Any, ...]
+) -> Recent[Any] | None:
+    """What was last decided for calls with the same of these tensors, and else of plain arguments.
 
     Args:
+        tensors: Beside q, k and v.
         plain: All arguments but tensors; where one is not plain nothing is noted.
     """
     # Sizes of other types may be symbols, which must not be compared.
@@ -35,8 +33,31 @@ def recent_of(
         return None
     # Whatever else decides, beside what `Recent` looks at: off a card, whether Triton interprets.
     interpret = None if q.is_cuda else os.environ.get("TRITON_INTERPRET")
-    missing = tuple([x is None for x in terms])
+    missing = tuple([x is None for x in tensors])
     return _recent(*plain, missing, torch.is_grad_enabled(), computing_dtype(q), interpret)
+
+
+def recent_of_options(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, *, lse: bool
+) -> tuple[Recent[Any] | None, list[Tensor]]:
+    """What was last decided for calls on such tensors with such options, and its tensors in order.
+
+    Nothing is noted where vectors by distance or a user's function take part.
+    """
+    o, mask = options, options.mask
+    relative = o.relative_queries or o.relative_keys or o.relative_values
+    if not (relative is o.score is None):
+        return None, []
+    band = bounds = runs = None
+    if isinstance(mask, Band):
+        band = mask.left, mask.right, mask.offset
+    elif isinstance(mask, Boolean):
+        bounds = mask.allowed
+    else:
+        bounds, runs = mask.bounds, mask.runs
+    tensors = (o.table, o.slopes, o.bias, o.sinks, bounds, runs)
+    plain = (*(band or (type(mask).__name__,)), o.softcap is None, o.dropout, lse)
+    return recent_of(q, tensors, plain), [q, k, v, *[x for x in tensors if x is not None]]
 
 
 def forget() -> None:
@@ -49,5 +70,5 @@ _PLAIN = frozenset((bool, int, float, str, type(None)))
 
 # Typed, because True is 1 but no window.
 @lru_cache(256, typed=True)
-def _recent(*_: Any) -> Recent[Decided]:
+def _recent(*_: Any) -> Recent[Any]:
     return Recent()

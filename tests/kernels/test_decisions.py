@@ -29,9 +29,7 @@ def ran(monkeypatch):
         return q, q[..., 0]
 
     monkeypatch.setattr(op, "run", run)
-    decisions.forget()
-    yield made
-    decisions.forget()
+    return made
 
 
 def test_calls_that_are_alike_share_what_was_decided(ran):
