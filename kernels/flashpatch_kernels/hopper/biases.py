@@ -263,11 +263,11 @@ def added_of(call: setups.Setup) -> Added:
 
 
 class Sums(NamedTuple):
-    """Memory for what the joint kernel sums of dS for gradients of terms; None where it does not.
+    """Memory for the sums of dS by the kernel that has it, for gradients of terms; None for others.
 
     Attributes:
         bias: For each key, [B, H_kv, M].
-        ends: What lies far below and far above the ends of a table, [2, B, H, parts].
+        ends: What lies far below and far above the ends of a table, [2, B, H, parts of the keys].
         near: What is not far, as `with_ds` has it.
     """
 
@@ -283,7 +283,7 @@ def sums_of(call: setups.Setup, fixed: crews.Constants, needs: frozenset[str]) -
     into account. What they do not serve engine `triton` sums.
 
     Args:
-        fixed: Of the joint kernel.
+        fixed: Of the kernel, whose programs own keys.
     """
     o, (n_batch, n_heads, group, _, n_keys) = call.options, call.sizes
 
@@ -295,10 +295,12 @@ def sums_of(call: setups.Setup, fixed: crews.Constants, needs: frozenset[str]) -
         if o.bias is not None and "bias" in needs and (group == 1 or o.bias.shape[1] == 1):
             bias = memory(n_batch, n_heads // group, n_keys)
         tile, _ = call.tuned("sums")
-        inside = tile.BM % fixed.BM == 0 and tile.BN == fixed.R
+        # A tile of the kernel's lies within tiles of a table's own sums, all of one diagonal of
+        # parts: these do either all of it or nothing.
+        inside = tile.BM % fixed.BM == tile.BM % crews.PART == crews.PART % tile.BN == 0
         if call.clamped and "table" in needs and group == 1 and inside:
-            ends = memory(2, n_batch, n_heads, setups.cdiv(n_keys, fixed.R))
-            first, number, _ = term_gradients.table_diagonals(call)
+            ends = memory(2, n_batch, n_heads, setups.cdiv(n_keys, crews.PART))
+            first, number, _ = term_gradients.table_diagonals(call, crews.PART)
             near = first * tile.BN, (first + number) * tile.BN, tile.BM
     return Sums(bias, ends, near)
 
@@ -309,8 +311,8 @@ def table_gradient(shared: Shared, table: Tensor, ends: Tensor) -> Tensor:
     What is near is summed for each distance, of which those beyond the ends belong to them too.
     """
     tile, _ = shared.call.tuned("sums")
-    reach = tile.BM + tile.BN
-    near = term_gradients.table_sums(shared, table, None, reach)
+    reach = tile.BM + crews.PART
+    near = term_gradients.table_sums(shared, table, None, reach, crews.PART)
     below, grad, above = near.split((reach, table.shape[1], reach), 1)
     far = ends.sum((1, 3))
     grad[:, 0] += below.sum(1) + far[0]

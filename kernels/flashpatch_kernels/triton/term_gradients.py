@@ -264,14 +264,20 @@ def table_gradient(shared: Shared, table: Tensor, ends: Tensor | None) -> Tensor
     return table_sums(shared, table, ends, 0).to(table.dtype)
 
 
-def table_sums(shared: Shared, table: Tensor, ends: Tensor | None, reach: int) -> Tensor:
-    """The sums of ds by distance, for a table [H, T] and `reach` distances beyond either end."""
+def table_sums(
+    shared: Shared, table: Tensor, ends: Tensor | None, reach: int, keys: int = 0
+) -> Tensor:
+    """The sums of ds by distance, for a table [H, T] and `reach` distances beyond either end.
+
+    Args:
+        keys: As `diagonals` takes it.
+    """
     call = shared.call
     n_batch, n_heads = call.sizes[:2]
     tile, _ = call.tuned("sums")
     first, entries = call.first - reach, table.shape[1] + 2 * reach
     out = table.new_empty((n_heads, entries), dtype=torch.float32)
-    first_diagonal, n_diagonals, n_chunks = table_diagonals(call)
+    first_diagonal, n_diagonals, n_chunks = table_diagonals(call, keys)
     sums = table.new_empty((n_heads, n_diagonals, n_chunks, 2 * tile.BM), dtype=torch.float32)
     if n_diagonals:
         functions = (table_steps, table_place, table_finish)
@@ -290,24 +296,30 @@ def table_sums(shared: Shared, table: Tensor, ends: Tensor | None, reach: int) -
     return out
 
 
-def table_diagonals(call: setups.Setup) -> tuple[int, int, int]:
+def table_diagonals(call: setups.Setup, keys: int = 0) -> tuple[int, int, int]:
     """The diagonals of tiles that a table's own sums are of, see `diagonals`."""
     table, (_, _, _, n_queries, n_keys) = call.options.table, call.sizes
     assert table is not None
     low, high = max(call.first, 1 - n_queries), min(call.first + table.shape[1], n_keys) - 1
-    return diagonals(call, low, high)
+    return diagonals(call, low, high, keys)
 
 
-def diagonals(call: setups.Setup, low: int, high: int) -> tuple[int, int, int]:
+def diagonals(call: setups.Setup, low: int, high: int, keys: int = 0) -> tuple[int, int, int]:
     """The first diagonal of tiles with visible distances from low to high, how many, and chunks.
 
     The diagonal o has the distances from o BN - BM + 1 to o BN + BN - 1.
+
+    Args:
+        keys: Where a tile of so many keys, a multiple of BN, has such a distance, so have all its
+            parts of BN keys; 0 for BN.
     """
     n_batch, n_heads, _, n_queries, n_keys = call.sizes
     tile, _ = call.tuned("sums")
     low, high = visible(call.options.mask, low, high)
-    first = -((tile.BN - 1 - low) // tile.BN)
-    number = max(0, (high + tile.BM - 1) // tile.BN - first + 1)
+    keys = keys or tile.BN
+    first = -((keys - 1 - low) // keys)
+    number = max(0, (high + tile.BM - 1) // keys - first + 1)
+    first, number = (x * (keys // tile.BN) for x in (first, number))
     chunks = setups.cdiv(PROGRAMS, max(1, n_heads * number))
     return first, number, min(chunks, n_batch * setups.cdiv(min(n_queries, n_keys), tile.BM))
 
