@@ -100,7 +100,7 @@ LOCAL_BYTES = {
     ("joint_kernel", 128, "runs", "slopes"): 112,
     ("joint_kernel", 64, "causal", "key bias"): 88,
     ("joint_kernel", 128, "runs", "key bias"): 120,
-    ("joint_kernel", 64, "band", "clamped table"): 104,
+    ("joint_kernel", 64, "band", "clamped table"): 72,
     ("joint_kernel", 128, "causal", "clamped table"): 96,
     ("joint_kernel", 64, "causal", "softcap"): 8,
     ("joint_kernel", 128, "band", "softcap"): 88,
@@ -120,7 +120,7 @@ LOCAL_BYTES = {
 HOT_SPILLS = {
     ("forward_kernel", 128, "runs"): 2,
     # Around the branch for tiles between a table's ends, which are few.
-    ("joint_kernel", 64, "band", "clamped table"): 23,
+    ("joint_kernel", 64, "band", "clamped table"): 15,
     ("joint_kernel", 128, "causal", "clamped table"): 47,
     ("joint_kernel", 64, "causal", "key bias"): 21,
     ("joint_kernel", 128, "runs", "key bias"): 10,

@@ -172,16 +172,23 @@ def no_sums(BIAS, ENDS, S: gl.constexpr, C: gl.constexpr):
     """Sums of dS^T over no queries, by the lanes that share a row: those that have a place.
 
     Returns:
-        For BIAS one sum [R, 4] of every key; for ENDS two, of the tiles below and above those that
-        a table's own sums are of.
+        For BIAS one sum [R, 4] of every key; for ENDS two, [R / 16, 8, 4], of the tiles below and
+        above those that a table's own sums are of.
     """
     zero = lane_sums(gl.full([C.R, C.BM], 0.0, gl.float32, S))
     of_keys, of_ends = (), ()
     if BIAS is not None:
         of_keys = (zero,)
     if ENDS is not None:
+        zero = of_thread(zero)
         of_ends = (zero, zero)
     return of_keys, of_ends
+
+
+@jit
+def of_thread(x):
+    """The sums of both rows that a thread has of the lanes' sums x [R, 4]."""
+    return gl.sum(x.reshape([x.shape[0] // 16, 2, 8, 4]), 1)
 
 
 @jit
@@ -189,7 +196,7 @@ def with_ds(sums, dst, m, n, near):
     """The sums with those of a tile dS^T [R, BM] that begins with query m and key n.
 
     `near` is (the first and the end of the distances n - m at which tiles begin that a table's own
-    sums are of, how many queries such a tile has).
+    sums are of, how many queries such a tile has, a power of two).
     """
     of_keys, of_ends = sums
     if len(of_keys) > 0 or len(of_ends) > 0:
@@ -198,7 +205,8 @@ def with_ds(sums, dst, m, n, near):
             of_keys = (of_keys[0] + x,)
         if len(of_ends) > 0:
             first, end, rows = near
-            distance = n - m // rows * rows
+            distance = n - (m & -rows)
+            x = of_thread(x)
             below = gl.where(distance < first, x, 0.0)
             above = gl.where(distance >= end, x, 0.0)
             of_ends = of_ends[0] + below, of_ends[1] + above
@@ -220,9 +228,9 @@ def store_sums(sums, BIAS, ENDS, bh, part, j, sizes, C: gl.constexpr):
         n_parts = gl.cdiv(n_keys, C.R)
         if part < n_parts:
             at = ENDS + bh.to(gl.int64) * n_parts + part
-            gl.store(at, gl.sum(gl.sum(of_ends[0], 1), 0))
+            gl.store(at, gl.sum(gl.sum(gl.sum(of_ends[0], 2), 1), 0))
             at += n_batch.to(gl.int64) * n_heads * n_parts
-            gl.store(at, gl.sum(gl.sum(of_ends[1], 1), 0))
+            gl.store(at, gl.sum(gl.sum(gl.sum(of_ends[1], 2), 1), 0))
 
 
 class Added(NamedTuple):
