@@ -495,12 +495,12 @@ LEARNT = {
 }
 
 
-@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("sizes", [{"h_kv": 4}, {}, {"h_kv": 4, "d": 256, "dv": 256}], ids=str)
 @pytest.mark.parametrize("learnt", [False, True])
 @pytest.mark.parametrize(("engine", "name"), [one for one in CASES if one[1] in LEARNT])
-def test_alike_backward_passes_bring_their_terms(launches, engine, name, learnt, group):
+def test_alike_backward_passes_bring_their_terms(launches, engine, name, learnt, sizes):
     make, which = (TERMS | TERMS_OF_PORTABLE)[name], LEARNT[name]
-    first, second = (backward(h_kv=4 // group) for _ in range(2))
+    first, second = (backward(**sizes) for _ in range(2))
     if learnt and which:
         first, second = first.needing(which), second.needing(which)
     check_alike(launches, BOTH[engine], first, second, [make(), make()])

@@ -22,7 +22,7 @@ from flashpatch_kernels.masks import Band
 from flashpatch_kernels.options import Options
 from flashpatch_kernels.triton import launching, plans, setups, terms, tile_lists
 from flashpatch_kernels.triton.stats import Shared, compute_stats
-from flashpatch_kernels.triton.term_gradients import term_gradients
+from flashpatch_kernels.triton.term_gradients import table_gradient, term_gradients
 
 
 def backward(
@@ -40,7 +40,7 @@ def backward(
 
     What these kernels do not compute the portable ones do: other head sizes, rows that the copy
     engine cannot read, the gradient of slopes, and that of a table that is constant beyond its ends
-    where the joint kernel does not sum what lies there.
+    where these kernels do not sum what lies there.
     """
     same = torch.are_deterministic_algorithms_enabled()
     plan, (q, k, v, dout, out), given = plans.plan_of(
@@ -61,12 +61,13 @@ def backward(
         call = setups.Setup.of(q, k, v, (out, dout, *grads.values()), options)
         joint = tuning.crew("dqdkdv", *call.head_sizes) is not None
         in_one = joint and len(grads) == 3 and (not same or has_order(call))
+        fitting = tuning.crew("dkdv", *call.head_sizes) is not None
         sums = biases.Sums()
-        if joint and "k" in grads:
+        if fitting and "k" in grads:
             _, fixed = crews.tuned(call, "dqdkdv" if in_one else "dkdv")
             sums = biases.sums_of(call, steps, fixed, needs)
         served = (
-            tuning.crew("dkdv", *call.head_sizes) is not None
+            fitting
             and call.unit > 1
             and bool(grads)
             and "slopes" not in needs
@@ -90,7 +91,8 @@ def backward(
         if sums.bias is not None:
             grads["bias"] = biases.bias_gradient(shared, options.bias, sums.bias)
         if sums.ends is not None:
-            grads["table"] = biases.table_gradient(shared, options.table, sums.ends)
+            # What is near is summed for each distance, of which those beyond the ends are of them.
+            grads["table"] = table_gradient(shared, options.table, sums.ends, crews.PART)
         grads |= term_gradients(shared, None, needs - grads.keys())
         found = {name: grads[name] for name in sorted(needs)}
         plan.keep(steps, *found.values())
@@ -120,7 +122,7 @@ class Work(NamedTuple):
     Attributes:
         shared: With the portable kernels.
         added: What is added to scores.
-        more: What the joint kernel sums beside gradients.
+        more: What a kernel whose programs own keys sums beside gradients.
     """
 
     shared: Shared
@@ -155,13 +157,13 @@ def scaled(factor: float, x: Tensor, out: Tensor) -> None:
 
 def launch_keys(work: Work, grads: dict[str, Tensor], joint: bool) -> None:
     """The gradients of k and v, by what of the joint kernel is for them, or by one of their own."""
-    outputs = grads["k"], grads["v"]
+    more = work.more
+    outputs = more.bias, more.ends, grads["k"], grads["v"]
     if joint:
-        more = work.more
-        outputs = None, None, more.bias, more.ends, *outputs
-        launch_key_pass(joint_kernel, "dkdv", work, outputs, [0, 0, 0, *more.near])
+        numbers = [0, 0, 0, *more.near]
+        launch_key_pass(joint_kernel, "dkdv", work, (None, None, *outputs), numbers)
     else:
-        launch_key_pass(key_kernel, "dkdv", work, outputs, [])
+        launch_key_pass(key_kernel, "dkdv", work, outputs, [*more.near])
 
 
 def launch_key_pass(

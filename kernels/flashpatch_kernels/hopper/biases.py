@@ -173,16 +173,23 @@ def no_sums(BIAS, ENDS, S: gl.constexpr, C: gl.constexpr):
     """Sums of dS^T over no queries, by the lanes that share a row: those that have a place.
 
     Returns:
-        For BIAS one sum [R, 4] of every key; for ENDS two, of the tiles below and above those that
-        a table's own sums are of.
+        For BIAS one sum [R, 4] of every key; for ENDS two, [R / 16, 8, 4], of the tiles below and
+        above those that a table's own sums are of.
     """
     zero = lane_sums(gl.full([C.R, C.BM], 0.0, gl.float32, S))
     of_keys, of_ends = (), ()
     if BIAS is not None:
         of_keys = (zero,)
     if ENDS is not None:
+        zero = of_thread(zero)
         of_ends = (zero, zero)
     return of_keys, of_ends
+
+
+@jit
+def of_thread(x):
+    """The sums of both rows that a thread has of the lanes' sums x [R, 4]."""
+    return gl.sum(x.reshape([x.shape[0] // 16, 2, 8, 4]), 1)
 
 
 @jit
@@ -190,7 +197,7 @@ def with_ds(sums, dst, m, n, near):
     """The sums with those of a tile dS^T [R, BM] that begins with query m and key n.
 
     `near` is (the first and the end of the distances n - m at which tiles begin that a table's own
-    sums are of, how many queries such a tile has).
+    sums are of, how many queries such a tile has, a power of two).
     """
     of_keys, of_ends = sums
     if len(of_keys) > 0 or len(of_ends) > 0:
@@ -199,7 +206,8 @@ def with_ds(sums, dst, m, n, near):
             of_keys = (of_keys[0] + x,)
         if len(of_ends) > 0:
             first, end, rows = near
-            distance = n - m // rows * rows
+            distance = n - (m & -rows)
+            x = of_thread(x)
             below = gl.where(distance < first, x, 0.0)
             above = gl.where(distance >= end, x, 0.0)
             of_ends = of_ends[0] + below, of_ends[1] + above
@@ -221,9 +229,9 @@ def store_sums(sums, BIAS, ENDS, bh, part, j, sizes, C: gl.constexpr):
         n_parts = gl.cdiv(n_keys, C.R)
         if part < n_parts:
             at = ENDS + bh.to(gl.int64) * n_parts + part
-            gl.store(at, gl.sum(gl.sum(of_ends[0], 1), 0))
+            gl.store(at, gl.sum(gl.sum(gl.sum(of_ends[0], 2), 1), 0))
             at += n_batch.to(gl.int64) * n_heads * n_parts
-            gl.store(at, gl.sum(gl.sum(of_ends[1], 1), 0))
+            gl.store(at, gl.sum(gl.sum(gl.sum(of_ends[1], 2), 1), 0))
 
 
 class Added(NamedTuple):
@@ -264,11 +272,11 @@ def added_of(call: setups.Setup, steps: Steps) -> Added:
 
 
 class Sums(NamedTuple):
-    """Memory for what the joint kernel sums of dS for gradients of terms; None where it does not.
+    """Memory for the sums of dS by the kernel that has it, for gradients of terms; None for others.
 
     Attributes:
         bias: For each key, [B, H_kv, 1, M].
-        ends: What lies far below and far above the ends of a table, [2, B, H, parts].
+        ends: What lies far below and far above the ends of a table, [2, B, H, parts of the keys].
         near: What is not far, as `with_ds` has it.
     """
 
@@ -286,7 +294,7 @@ def sums_of(
     into account. What they do not serve engine `triton` sums.
 
     Args:
-        fixed: Of the joint kernel.
+        fixed: Of the kernel, whose programs own keys.
     """
     o, (n_batch, n_heads, group, _, n_keys) = call.options, call.sizes
 
@@ -298,21 +306,14 @@ def sums_of(
         if o.bias is not None and "bias" in needs and (group == 1 or o.bias.shape[1] == 1):
             bias = memory(n_batch, n_heads // group, 1, n_keys)
         tile, _ = call.tuned("sums")
-        inside = tile.BM % fixed.BM == 0 and tile.BN == fixed.R
+        # A tile of the kernel's lies within tiles of a table's own sums, all of one diagonal of
+        # parts: these do either all of it or nothing.
+        inside = tile.BM % fixed.BM == tile.BM % crews.PART == crews.PART % tile.BN == 0
         if call.clamped and "table" in needs and group == 1 and inside:
-            ends = memory(2, n_batch, n_heads, setups.cdiv(n_keys, fixed.R))
-            first, number, _ = term_gradients.table_diagonals(call)
+            ends = memory(2, n_batch, n_heads, setups.cdiv(n_keys, crews.PART))
+            first, number, _ = term_gradients.table_diagonals(call, crews.PART)
             near = first * tile.BN, (first + number) * tile.BN, tile.BM
     return Sums(bias, ends, near)
-
-
-def table_gradient(shared: Shared, table: Tensor, ends: Tensor) -> Tensor:
-    """The gradient of a table [H, T] from sums of what is far of its ends, [2, B, H, parts].
-
-    What is near is summed for each distance, of which those beyond the ends belong to them too.
-    """
-    tile, _ = shared.call.tuned("sums")
-    return term_gradients.table_gradient(shared, table, ends, tile.BM + tile.BN)
 
 
 def bias_gradient(shared: Shared, bias: Tensor, sums: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ from flashpatch_kernels.tuning import Tile
 # The passes whose programs own queries; those of the others own keys.
 OF_QUERIES = ("forward", "dq")
 
+# Keys of a part, in the passes for keys: the rows of a warpgroup's products.
+PART = 64
+
 # From so many queries on, which are 32 tiles of 192, the tiles of the last rounds are dealt out.
 LONG = 6144
 
@@ -98,7 +101,7 @@ def constants(
     d, dv = map(tuning.width, sizes)
     chunks = setups.chunks(sizes[0]) if sizes[0] > 64 else (64, 0)
     tile = crew.tile(name)
-    rows = tile.BM // crew.consumers if name in OF_QUERIES else 64
+    rows = tile.BM // crew.consumers if name in OF_QUERIES else PART
     return tile, Constants(
         *(*sizes, d, dv, *chunks, rows, tile.BM, tile.BN),
         *(crew.consumers, crew.registers, crew.in_turn, crew.slots, crew.own_slots),

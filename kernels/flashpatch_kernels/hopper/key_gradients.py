@@ -166,8 +166,8 @@ def weigh(
 
 @jit
 def differentiate(given, QUERIES: gl.constexpr, C: gl.constexpr):
-    """DS of every tile of this program, and dK."""
-    (DK, dk_strides, sizes, mask, scale, n_tiles,
+    """DS of every tile of this program, and dK; and sums of dS, where these have a place."""
+    (DK, DBIAS, ENDS, near, dk_strides, sizes, mask, scale, n_tiles,
      queries, douts, keys, values, minus_delta, ps) = given  # fmt: skip
     n_batch, n_heads, group, n_queries, n_keys = sizes
     kv_heads = n_heads // group
@@ -177,14 +177,19 @@ def differentiate(given, QUERIES: gl.constexpr, C: gl.constexpr):
     dk_matrix = matrix(DK, dk_strides, n_batch, kv_heads, n_keys, C.SIZE, C.BN, C.D)
     done = 0
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
-        tile, _, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
+        tile, bh, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
         start = tile * C.BN
         t0, _, _, t3 = QUERIES(mask, batch, g, start, n_queries, n_keys, C.BM, C.BN)
         dks = nothing_yet(C.D, C)
+        sums = ()
+        for _b in gl.static_range(BLOCKS):
+            sums = sums + (biases.no_sums(DBIAS, ENDS, S, C),)
         take(values, turn, 1)
-        n = gl.maximum(t3 - t0, 1) * group
-        for y in range(n):
+        met = gl.maximum(t3 - t0, 1)
+        for y in range(met * group):
             x = done + y
+            _, i = step_place(y, 0, g * group, met, C)
+            m = (t0 + i) * C.BM
             do = take(douts, x, C.SLOTS)
             for b in gl.static_range(BLOCKS):
                 # Products begin with these numbers: subtracted later, all that follows would wait.
@@ -195,7 +200,10 @@ def differentiate(given, QUERIES: gl.constexpr, C: gl.constexpr):
                 if b == BLOCKS - 1:
                     leave(douts, x, C.SLOTS)
                 pt = take(ps, x * BLOCKS + b, 2 * BLOCKS).load(S)
-                dst = (pt.to(gl.float32) * dpt).to(dtype)
+                dst = pt.to(gl.float32) * dpt
+                its_sums = biases.with_ds(sums[b], dst, m, start + b * C.R, near)
+                sums = replaced(sums, b, its_sums)
+                dst = dst.to(dtype)
                 leave(ps, x * BLOCKS + b, 2 * BLOCKS)
                 q = take(queries, x, C.SLOTS)
                 started = warpgroup_mma(
@@ -203,8 +211,10 @@ def differentiate(given, QUERIES: gl.constexpr, C: gl.constexpr):
                 )
                 dks = replaced(dks, b, warpgroup_mma_wait(0, deps=(started,)))
             leave(queries, x, C.SLOTS)
-        done += n
+        done += met * group
         for b in gl.static_range(BLOCKS):
+            j = start + b * C.R + gl.arange(0, C.R, gl.SliceLayout(1, S))
+            biases.store_sums(sums[b], DBIAS, ENDS, bh, tile * BLOCKS + b, j, sizes, C)
             dks = replaced(dks, b, dks[b] * scale)
         meet(1, C.CONSUMERS, done)
         put_back(dks, keys, dk_matrix, batch, g, start, turn, C)
@@ -212,9 +222,10 @@ def differentiate(given, QUERIES: gl.constexpr, C: gl.constexpr):
 
 @kernel
 def key_kernel(
-    Q, K, V, DO, STATS, DK, DV,
+    Q, K, V, DO, STATS, DBIAS, ENDS, DK, DV,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     do_batch, do_head, do_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
+    near_first, near_end, near_rows,
     n_batch, n_heads, group, n_queries, n_keys, n_tiles, scale, to_log2,
     left, right, offset, bounds, bounds_batch, bounds_head, bounds_row, runs, runs_batch,
     tiles_of, tiles_batch, tiles_head,
@@ -252,8 +263,8 @@ def key_kernel(
     biased = (bias, bias_batch, bias_head, table, unit)
     of_weights = (DV, dv_strides, sizes, mask, score, biased, pointers, to_log2, n_tiles,
                   queries, douts, keys, values, lse, ps)  # fmt: skip
-    of_keys = (DK, dk_strides, sizes, mask, scale, n_tiles,
-               queries, douts, keys, values, minus_delta, ps)  # fmt: skip
+    of_keys = (DK, DBIAS, ENDS, (near_first, near_end, near_rows), dk_strides, sizes, mask, scale,
+               n_tiles, queries, douts, keys, values, minus_delta, ps)  # fmt: skip
     gl.warp_specialize(
         [
             (produce, (given, QUERIES, C)),

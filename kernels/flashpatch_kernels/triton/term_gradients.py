@@ -281,13 +281,18 @@ def bias_gradient(shared: Shared, bias: Tensor) -> Tensor:
     return out
 
 
-def table_gradient(shared: Shared, table: Tensor, ends: Tensor | None, reach: int = 0) -> Tensor:
-    """The gradient of a table [H, T]; `ends` and `reach` as `entries_kernel` takes them."""
+def table_gradient(shared: Shared, table: Tensor, ends: Tensor | None, keys: int = 0) -> Tensor:
+    """The gradient of a table [H, T].
+
+    Args:
+        ends: As `entries_kernel` takes it.
+        keys: As `diagonals` takes it, where `ends` has what lies farther.
+    """
     call, steps = shared.call, shared.steps
     n_batch, n_heads = call.sizes[:2]
     tile, _ = call.tuned("sums")
     entries = table.shape[1]
-    first_diagonal, n_diagonals, n_chunks = table_diagonals(call)
+    first_diagonal, n_diagonals, n_chunks = table_diagonals(call, keys)
     out = steps.own(table.new_empty(n_heads, entries))
     shape = n_heads, n_diagonals, n_chunks, 2 * tile.BM
     sums = steps.own(table.new_empty(shape, dtype=torch.float32))
@@ -304,29 +309,35 @@ def table_gradient(shared: Shared, table: Tensor, ends: Tensor | None, reach: in
         *(sums, ends, out, call.first, entries, n_batch, n_heads),
         *((0, 0) if ends is None else (ends.shape[0], ends.shape[3])),
         *(first_diagonal, n_diagonals, n_chunks),
-        *(tile.BM, tile.BN, width, reach),
+        *(tile.BM, tile.BN, width, tile.BM + keys if keys else 0),
     )
     return out
 
 
-def table_diagonals(call: setups.Setup) -> tuple[int, int, int]:
+def table_diagonals(call: setups.Setup, keys: int = 0) -> tuple[int, int, int]:
     """The diagonals of tiles that a table's own sums are of, see `diagonals`."""
     table, (_, _, _, n_queries, n_keys) = call.options.table, call.sizes
     assert table is not None
     low, high = max(call.first, 1 - n_queries), min(call.first + table.shape[1], n_keys) - 1
-    return diagonals(call, low, high)
+    return diagonals(call, low, high, keys)
 
 
-def diagonals(call: setups.Setup, low: int, high: int) -> tuple[int, int, int]:
+def diagonals(call: setups.Setup, low: int, high: int, keys: int = 0) -> tuple[int, int, int]:
     """The first diagonal of tiles with visible distances from low to high, how many, and chunks.
 
     The diagonal o has the distances from o BN - BM + 1 to o BN + BN - 1.
+
+    Args:
+        keys: Where a tile of so many keys, a multiple of BN, has such a distance, so have all its
+            parts of BN keys; 0 for BN.
     """
     n_batch, n_heads, _, n_queries, n_keys = call.sizes
     tile, _ = call.tuned("sums")
     low, high = visible(call.options.mask, low, high)
-    first = -((tile.BN - 1 - low) // tile.BN)
-    number = max(0, (high + tile.BM - 1) // tile.BN - first + 1)
+    keys = keys or tile.BN
+    first = -((keys - 1 - low) // keys)
+    number = max(0, (high + tile.BM - 1) // keys - first + 1)
+    first, number = (x * (keys // tile.BN) for x in (first, number))
     chunks = setups.cdiv(PROGRAMS, max(1, n_heads * number))
     return first, number, min(chunks, n_batch * setups.cdiv(min(n_queries, n_keys), tile.BM))
 
