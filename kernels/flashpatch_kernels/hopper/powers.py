@@ -18,8 +18,8 @@ from triton import constexpr_function
 
 from flashpatch_kernels.hopper.gluon import gl, jit
 
-# How many of 8 columns where scores are capped, in the forward pass.
-FORWARD = gl.constexpr(2)
+# How many of 8 columns where scores are capped, in the forward pass and the joint backward one.
+FORWARD, JOINT = gl.constexpr(2), gl.constexpr(2)
 
 
 @constexpr_function
