@@ -89,8 +89,8 @@ def roomy(C):
 
 @constexpr_function
 def packed(C):
-    """Whether P, until dS is known, is kept in 16 bits: under a cap there are two tiles of it."""
-    return C.CAP or C.D > 64 or C.BM > 64
+    """Whether P, until dS is known, is kept in 16 bits."""
+    return C.D > 64 or C.BM > 64
 
 
 @constexpr_function
