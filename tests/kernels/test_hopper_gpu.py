@@ -66,6 +66,11 @@ def case(sample):
     return case
 
 
+def capped(one, cap):
+    """The sample with another softcap."""
+    return replace(one, options=replace(one.options, softcap=cap))
+
+
 def many(one, batch, heads, kv_heads):
     """A sample with other tensors, of more heads and rows of the batch, and the same mask."""
     _, _, n, d = one.q.shape
@@ -212,19 +217,21 @@ GROWTHS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", ["full", "causal", "causal keys"])
 @pytest.mark.parametrize("growth", GROWTHS)
+@pytest.mark.parametrize("cap", [None, 30.0])
 @pytest.mark.parametrize("d", [*SIZES, 96])
-def test_scores_that_outgrow_the_first_tile(case, compare, mask, growth, dtype, d):
-    one = case(mask, n=1000, m=1000, d=d, dtype=dtype)
+def test_scores_that_outgrow_the_first_tile(case, compare, mask, growth, dtype, cap, d):
+    one = capped(case(mask, n=1000, m=1000, d=d, dtype=dtype), cap)
     by = GROWTHS[growth](torch.arange(1000, device=DEVICE)).to(dtype)[:, None]
     k = spread((one.k.detach() * by).requires_grad_())
     compare(replace(one, k=k), SIZES.get(d, TOGETHER))
 
 
+@pytest.mark.parametrize("cap", [None, 100.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", SIZES)
-def test_a_row_does_not_depend_on_its_neighbours(case, launched, dtype, d):
+def test_a_row_does_not_depend_on_its_neighbours(case, launched, dtype, d, cap):
     """Nor on how far their scores grow, which makes a warp take another path."""
-    one = case("causal", n=1000, m=1000, d=d, dtype=dtype)
+    one = capped(case("causal", n=1000, m=1000, d=d, dtype=dtype), cap)
     q, k, v = (x.detach() for x in (one.q, one.k, one.v))
     usual, lse = attend(q, k, v, one.options)
     steep = q.clone()
@@ -236,16 +243,18 @@ def test_a_row_does_not_depend_on_its_neighbours(case, launched, dtype, d):
     assert launched == [FORWARD] * 2
 
 
+@pytest.mark.parametrize("key", [450, 451, 452, 453, 454])
+@pytest.mark.parametrize("cap", [None, 50.0])
 @pytest.mark.parametrize("d", SIZES)
-def test_what_is_not_a_number_stays_in_its_row(case, d):
-    one = case("causal", n=600, m=600, d=d)
+def test_what_is_not_a_number_stays_in_its_row(case, d, cap, key):
+    one = capped(case("causal", n=600, m=600, d=d), cap)
     q, k, v = (x.detach().clone() for x in (one.q, one.k, one.v))
     usual, _ = attend(q, k, v, one.options)
     q[:, :, 300] = torch.nan
-    k[:, :, 450] = torch.nan
+    k[:, :, key] = torch.nan
     found, lse = attend(q, k, v, one.options)
     row = torch.arange(600, device=DEVICE)
-    lost = (row == 300) | (row >= 450)
+    lost = (row == 300) | (row >= key)
     assert found[:, :, lost].isnan().all()
     assert lse[:, :, lost].isnan().all()
     assert torch.equal(found[:, :, ~lost], usual[:, :, ~lost])

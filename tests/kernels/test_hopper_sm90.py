@@ -102,7 +102,7 @@ LOCAL_BYTES = {
     ("joint_kernel", 128, "runs", "key bias"): 120,
     ("joint_kernel", 64, "band", "clamped table"): 72,
     ("joint_kernel", 128, "causal", "clamped table"): 96,
-    ("joint_kernel", 64, "causal", "softcap"): 8,
+    ("joint_kernel", 64, "causal", "softcap"): 56,
     ("joint_kernel", 128, "band", "softcap"): 88,
     ("joint_kernel", 128, "runs", "softcap"): 144,
     ("joint_kernel", 64, "band", "deterministic"): 8,
@@ -127,6 +127,7 @@ HOT_SPILLS = {
     ("joint_kernel", 64, "runs"): 6,
     ("joint_kernel", 128, "runs"): 1,
     ("joint_kernel", 128, "runs", "slopes"): 18,
+    ("joint_kernel", 64, "causal", "softcap"): 12,
     # Of a step's 900 instructions some 10 of each consumer; under runs half of them for edges only.
     ("joint_kernel", 128, "band", "softcap"): 19,
     ("joint_kernel", 128, "runs", "softcap"): 66,

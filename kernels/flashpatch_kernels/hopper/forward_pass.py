@@ -28,6 +28,7 @@ from flashpatch_kernels.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from flashpatch_kernels.hopper.powers import FORWARD, polynomials
 from flashpatch_kernels.hopper.products import chunks
 from flashpatch_kernels.hopper.rings import (
     beside,
@@ -235,14 +236,15 @@ def consume_step(
         SEEN, RUNS, ADDS, C, MASKED,
     )  # fmt: skip
     reference = biases.less(m, of_all, C)
-    p, sums, moves = softmax.step(s, reference, to_log2, p.dtype, C.DV)
+    share: gl.constexpr = polynomials(C, FORWARD)
+    p, sums, moves = softmax.step(s, reference, to_log2, p.dtype, C.DV, share)
     if C.CONSUMERS > 2:
         # Instructions of three consumers hardly fit in their cache: one branch, not two.
         acc = warpgroup_mma_wait(0, deps=(added,))
         leave(keys, x, C.SLOTS)
         if moves != 0:
             p, sums, reference, l, alpha = softmax.move(
-                s, reference, l, sums, to_log2, p.dtype, C.DV
+                s, reference, l, sums, to_log2, p.dtype, C.DV, share
             )
             m = biases.more(reference, m, alpha, of_all, C)
             acc = acc * softmax.like_rows(alpha, acc)
@@ -251,7 +253,7 @@ def consume_step(
         alpha = gl.full([C.R], 1.0, gl.float32, m.type.layout)
         if moves != 0:
             p, sums, reference, l, alpha = softmax.move(
-                s, reference, l, sums, to_log2, p.dtype, C.DV
+                s, reference, l, sums, to_log2, p.dtype, C.DV, share
             )
             m = biases.more(reference, m, alpha, of_all, C)
         acc = warpgroup_mma_wait(0, deps=(added,))

@@ -46,6 +46,7 @@ from flashpatch_kernels.hopper.ordering import (
     count_one,
     rank,
 )
+from flashpatch_kernels.hopper.powers import JOINT, polynomials
 from flashpatch_kernels.hopper.products import (
     anew,
     chunks,
@@ -88,8 +89,8 @@ def roomy(C):
 
 @constexpr_function
 def packed(C):
-    """Whether P, until dS is known, is kept in 16 bits: under a cap there are two tiles of it."""
-    return C.CAP or C.D > 64 or C.BM > 64
+    """Whether P, until dS is known, is kept in 16 bits."""
+    return C.D > 64 or C.BM > 64
 
 
 @constexpr_function
@@ -303,7 +304,7 @@ def consume_step(
     less = lse.index(slot).load(gl.SliceLayout(0, S))
     pt, factor = weights(
         st, less, j, start, of_keys, of_all, bias, tile, head, place, mask, score, sources,
-        to_log2, ROWS, SEEN, RUNS, ADDS, C,
+        to_log2, ROWS, SEEN, RUNS, ADDS, C, polynomials(C, JOINT),
     )  # fmt: skip
     do = take(douts, x, C.SLOTS)  # [BM, D]
     less = minus_delta.index(slot).load(gl.SliceLayout(0, S))

@@ -18,6 +18,7 @@ which still computes the maximum.
 from triton import constexpr_function
 
 from flashpatch_kernels.hopper.gluon import gl, jit
+from flashpatch_kernels.hopper.powers import powers
 from flashpatch_kernels.hopper.products import operand
 from flashpatch_kernels.triton import tiles
 from flashpatch_kernels.triton.tiles import LOG2E, LOWEST
@@ -112,21 +113,30 @@ def first_step(s, m, l, to_log2, dtype: gl.constexpr, DV: gl.constexpr):
 
 
 @jit
-def step(s, m, to_log2, dtype: gl.constexpr, DV: gl.constexpr):
+def weigh(s, m, to_log2, POLYNOMIALS: gl.constexpr):
+    """The weights [R, BN] of scores of reference m [R], of 8 columns so many by polynomials."""
+    if POLYNOMIALS > 0:
+        return powers(s, to_log2, gl.expand_dims(m, 1), POLYNOMIALS)
+    else:
+        return gl.exp2(s * to_log2 - gl.expand_dims(m, 1))
+
+
+@jit
+def step(s, m, to_log2, dtype: gl.constexpr, DV: gl.constexpr, POLYNOMIALS: gl.constexpr):
     """The weights of a tile of scores [R, BN], of reference m [R].
 
     Returns:
         p [R, BN] as an operand, the lanes' sums [R, 4] of it, and whether the reference must
         `move`, as a number of this warp.
     """
-    weights = gl.exp2(s * to_log2 - gl.expand_dims(m, 1))
+    weights = weigh(s, m, to_log2, POLYNOMIALS)
     p = operand(rounded(weights, dtype), dtype, DV)
     sums, moves = beyond(lane_sums(weights), limit(dtype))
     return p, sums, moves
 
 
 @jit
-def move(s, m, l, sums, to_log2, dtype: gl.constexpr, DV: gl.constexpr):
+def move(s, m, l, sums, to_log2, dtype: gl.constexpr, DV: gl.constexpr, POLYNOMIALS: gl.constexpr):
     """The same once more, of a reference that lies nearer where the sums are beyond the limit.
 
     Returns:
@@ -137,6 +147,10 @@ def move(s, m, l, sums, to_log2, dtype: gl.constexpr, DV: gl.constexpr):
     most = gl.convert_layout(gl.max(sums, 1), m.type.layout, assert_trivial=True)
     m_new = gl.where(most <= 2.0**LIMIT, m, gl.maximum(m, gl.max(s, 1) * to_log2))
     alpha = gl.exp2(m - m_new)
-    weights = gl.exp2(s * to_log2 - gl.expand_dims(m_new, 1))
+    weights = weigh(s, m_new, to_log2, POLYNOMIALS)
     p = operand(weights, dtype, DV)
-    return p, lane_sums(weights), m_new, l * like_rows(alpha, l), alpha
+    sums = lane_sums(weights)
+    if POLYNOMIALS > 0:
+        # Of a score that is not a number: nothing else is above the new reference.
+        sums = gl.where(sums < float("inf"), sums, float("nan"))
+    return p, sums, m_new, l * like_rows(alpha, l), alpha

@@ -5,6 +5,7 @@ A cap to which nothing is added is part of the factor from scores to base 2 (`cr
 
 from flashpatch_kernels.hopper import biases
 from flashpatch_kernels.hopper.gluon import gl, jit
+from flashpatch_kernels.hopper.powers import powers
 from flashpatch_kernels.triton import scores
 from flashpatch_kernels.triton.tiles import LOG2E
 
@@ -44,13 +45,13 @@ def scored(
 def weights(
     st, lse, j, n, of_keys, of_all, bias, tile, head, place, mask, score, sources, to_log2,
     ROWS: gl.constexpr, SEEN: gl.constexpr, RUNS: gl.constexpr,
-    ADDS: gl.constexpr, C: gl.constexpr,
+    ADDS: gl.constexpr, C: gl.constexpr, POLYNOMIALS: gl.constexpr = 0,
 ):  # fmt: skip
     """P^T from products [R, BM] of the keys j [R], from n on, and a tile of queries.
 
     `place` is (sizes, the tiles t1 .. t2 of queries that see all these keys, whether those must be
     looked at as well, batch); the biases of keys [R, 1], what a table adds to all, and `bias` as in
-    `biases`.
+    `biases`; POLYNOMIALS as in `powers`.
 
     Returns:
         P^T [R, BM], and what dP^T is multiplied by: P^T times the derivative of scores by products.
@@ -74,7 +75,10 @@ def weights(
         st = biases.with_entries(st, row, column, tile * C.BM, n, head, bias, score)
         if len(of_keys) > 0:
             less = less - of_keys[0] * LOG2E
-    pt = gl.exp2(st * to_log2 - less)
+    if POLYNOMIALS > 0:
+        pt = powers(st, to_log2, less, POLYNOMIALS)
+    else:
+        pt = gl.exp2(st * to_log2 - less)
     if always | (tile < t1) | (tile >= t2):
         lo, hi = ROWS(mask, batch, inside, n_queries, n_keys)
         seen = SEEN(
