@@ -1,18 +1,16 @@
-"""What Hopper kernels add to scores beside slopes: a bias of keys, and a table's, by distance.
+"""What Hopper kernels add to scores beside slopes: a bias of keys, and a table's (see `table`).
 
 A bias of keys is a number for each key of a tile. Where keys are the columns of tiles, a thread has
 use for a quarter of the numbers: who reads the keys reads them too, once, and hands them on beside
 the keys. Where they are the rows, a thread has use for two, and reads them itself.
 
-A table that is constant beyond its ends adds one number to most tiles. In those between its ends,
-which are few, every thread looks its entries up.
-
 Where nothing else is done to products, scores are products (C.PLAIN), and biases are added in their
-unit, or to what exponents are relative to, of which a tile has a row or a column; and products of a
-tile begin with the biases of its keys.
+unit: products of a tile begin with what a table has for it, and with the biases of its keys where
+these are its columns. Where they are its rows, what exponents are relative to has those in it.
 
-`bias` is (that of keys in float32, the strides of its batch and heads, the table in float32, what
-either is multiplied by beside products), None for what there is not; `score` as in `triton.scores`.
+`bias` is (that of keys in float32, the strides of its batch and heads, copies of the table in that
+unit, the unit), None for what there is not; `score` as in `triton.scores`, where a table's row is
+that of its copies.
 """
 
 from typing import NamedTuple
@@ -20,14 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashpatch_kernels.hopper import crews
+from flashpatch_kernels.hopper import crews, table
 from flashpatch_kernels.hopper.gluon import gl, jit
 from flashpatch_kernels.hopper.products import start_inner
 from flashpatch_kernels.hopper.rings import put_numbers
 from flashpatch_kernels.hopper.softmax import lane_sums
 from flashpatch_kernels.triton import setups, term_gradients, terms
 from flashpatch_kernels.triton.stats import Shared
-from flashpatch_kernels.triton.tiles import LOG2E
 
 
 @jit
@@ -86,85 +83,29 @@ def taken(beside_keys, number, S: gl.constexpr, C: gl.constexpr):
 
 
 @jit
-def start_scores(q, k, of_keys, C: gl.constexpr):
-    """Issues Q K^T, to which biases [BN] of keys are added where scores are products."""
-    if C.PLAIN and len(of_keys) > 0:
-        return start_inner(q, k, C.BN, C, of_keys[0])
-    else:
-        return start_inner(q, k, C.BN, C)
+def start_scores(a, b, COLUMNS: gl.constexpr, of_keys, entries, C: gl.constexpr):
+    """Issues A B^T of queries and keys in either order: [R, D], [COLUMNS, D] -> [R, COLUMNS].
 
-
-@jit
-def levels(of_keys, of_all):
-    """Biases [BN] of keys as a row, and what a table adds to all, as far as there are any."""
-    if len(of_keys) > 0:
-        return (gl.expand_dims(of_keys[0], 0),) + of_all
-    else:
-        return of_all
-
-
-@jit
-def near(m, n, QUERIES: gl.constexpr, KEYS: gl.constexpr, score):
-    """Whether a tile that begins with query m and key n has distances between a table's ends."""
-    return (n + KEYS - 1 - m > score[12]) & (n - (m + QUERIES - 1) < score[13])
-
-
-@jit
-def beyond_ends(bias, m, n, QUERIES: gl.constexpr, KEYS: gl.constexpr, head, score):
-    """What a table adds to a tile that is not `near`, and 0 for one that is; nothing without it.
-
-    Asked for before products are awaited, because it takes its time.
+    It begins with biases [COLUMNS] of keys and what `table.begin` gave, if there are any.
     """
-    table = bias[3]
-    if table is not None:
-        distance = n - (m + QUERIES - 1)
-        at = gl.minimum(gl.maximum(distance, score[12]), score[13]) - score[12]
-        x = gl.load(table + head.to(gl.int64) * score[11] + at)
-        return (gl.where(near(m, n, QUERIES, KEYS, score), 0.0, x),)
+    if len(entries) > 0:
+        begin = entries[0]
+        if C.PLAIN and len(of_keys) > 0:
+            begin = begin + gl.expand_dims(of_keys[0], 0)
+        return start_inner(a, b, COLUMNS, C, begin)
+    elif C.PLAIN and len(of_keys) > 0:
+        return start_inner(a, b, COLUMNS, C, of_keys[0])
+    else:
+        return start_inner(a, b, COLUMNS, C)
+
+
+@jit
+def as_row(of_keys):
+    """Biases [BN] of keys as [1, BN], if there are any."""
+    if len(of_keys) > 0:
+        return (gl.expand_dims(of_keys[0], 0),)
     else:
         return ()
-
-
-@jit
-def with_entries(s, i, j, m, n, head, bias, score):
-    """A tile of scores with a table's biases of its distances j - i, if it is `near`.
-
-    Nothing is added without a table. Entries are looked up one by one: as one block of loads they
-    would take registers for as many addresses and numbers as there are scores.
-    """
-    text: gl.constexpr = (
-        "{ .reg .s32 distance; .reg .b64 at; .reg .f32 x; sub.s32 distance, $2, $3; "
-        "max.s32 distance, distance, $4; min.s32 distance, distance, $5; "
-        "mad.wide.s32 at, distance, 4, $6; ld.global.nc.f32 x, [at]; fma.rn.f32 $0, x, $7, $1; }"
-    )
-    if bias[3] is not None:
-        QUERIES: gl.constexpr = i.shape[0] * i.shape[1]
-        KEYS: gl.constexpr = j.shape[0] * j.shape[1]
-        if near(m, n, QUERIES, KEYS, score):
-            base = (bias[3] + (head.to(gl.int64) * score[11] - score[12])).to(gl.uint64)
-            s = gl.inline_asm_elementwise(
-                text, "=f,f,r,r,r,r,l,f", [s, j, i, score[12], score[13], base, bias[4]],
-                dtype=gl.float32, is_pure=True, pack=1,
-            )  # fmt: skip
-    return s
-
-
-@jit
-def less(x, of_all, C: gl.constexpr):
-    """What exponents are relative to, in base 2, less what a table adds to all of a tile."""
-    if C.PLAIN and len(of_all) > 0:
-        return x - of_all[0] * LOG2E
-    else:
-        return x
-
-
-@jit
-def more(x, old, alpha, of_all, C: gl.constexpr):
-    """Of a reference that may have moved, by alpha, what `less` was given; the old one if not."""
-    if C.PLAIN and len(of_all) > 0:
-        return gl.where(alpha == 1.0, old, x + of_all[0] * LOG2E)
-    else:
-        return x
 
 
 @jit
@@ -231,35 +172,35 @@ class Added(NamedTuple):
     Attributes:
         composed: The terms that kernels are composed of: slopes.
         bias: That of keys, in float32, or None.
-        table: In float32, or None.
-        unit: What either is multiplied by beside products.
+        tables: Copies of a table for tiles [queries, keys] and for tiles [keys, queries], or None.
+        unit: What biases are multiplied by beside products; copies have it in them.
         numbers: As in `terms.Terms`, without vectors by distance.
     """
 
     composed: terms.Composed
     bias: Tensor | None
-    table: Tensor | None
+    tables: tuple[Tensor | None, Tensor | None]
     unit: float
     numbers: tuple[int, ...]
 
 
-def added_of(call: setups.Setup) -> Added:
-    """What is added to the scores of a call."""
+def added_of(call: setups.Setup, *, both: bool) -> Added:
+    """What is added to the scores of a call, for tiles [queries, keys] or `both` kinds."""
     o = call.options
+    unit = 1 / o.scale if crews.plain(call) else 1.0
     slopes = [] if o.slopes is None else [terms.slopes_term(o.slopes)]
-    strides, ends, row, table = [0, 0, 0], (0, 0), 0, None
+    strides, ends, row, tables = [0, 0, 0], (0, 0), 0, (None, None)
     if o.table is not None:
-        table = o.table.float().contiguous()
-        row = table.shape[1]
-        ends = call.first, call.first + row - 1
+        copies = table.copies_of(o.table, unit, both=both)
+        tables, row = (copies[0], copies[-1]), copies.shape[2]
+        ends = call.first, call.first + o.table.shape[1] - 1
     bias = None
     if o.bias is not None:
         bias = o.bias.float()
         bias = bias if bias.stride(-1) == 1 else bias.contiguous()
         strides = setups.strides(bias)
-    unit = 1 / o.scale if crews.plain(call) else 1.0
     numbers = (*strides, 1, row, *ends, call.origin)
-    return Added(terms.Composed.of(slopes), bias, table, unit, numbers)
+    return Added(terms.Composed.of(slopes), bias, tables, unit, numbers)
 
 
 class Sums(NamedTuple):
@@ -303,19 +244,19 @@ def sums_of(call: setups.Setup, fixed: crews.Constants, needs: frozenset[str]) -
     return Sums(bias, ends, near)
 
 
-def table_gradient(shared: Shared, table: Tensor, ends: Tensor) -> Tensor:
+def table_gradient(shared: Shared, given: Tensor, ends: Tensor) -> Tensor:
     """The gradient of a table [H, T] from sums of what is far of its ends, [2, B, H, parts].
 
     What is near is summed for each distance, of which those beyond the ends belong to them too.
     """
     tile, _ = shared.call.tuned("sums")
     reach = tile.BM + tile.BN
-    near = term_gradients.table_sums(shared, table, None, reach)
-    below, grad, above = near.split((reach, table.shape[1], reach), 1)
+    near = term_gradients.table_sums(shared, given, None, reach)
+    below, grad, above = near.split((reach, given.shape[1], reach), 1)
     far = ends.sum((1, 3))
     grad[:, 0] += below.sum(1) + far[0]
     grad[:, -1] += above.sum(1) + far[1]
-    return grad.to(table.dtype).contiguous()
+    return grad.to(given.dtype).contiguous()
 
 
 def bias_gradient(bias: Tensor, sums: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ Source: Shah et al., FlashAttention-3 (2024), section 3.1 and appendix B.1.
 
 from triton import constexpr_function
 
-from flashpatch_kernels.hopper import biases
+from flashpatch_kernels.hopper import biases, table
 from flashpatch_kernels.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -296,13 +296,13 @@ def consume_step(
     dtype: gl.constexpr = keys[0].dtype
     slot = x % C.SLOTS
     of_keys = biases.of_rows(bias, place[4], head, start, place[0][4], S, C)
-    of_all = biases.beyond_ends(bias, tile * C.BM, start, C.BM, C.R, head, score)
+    entries = table.begin(bias, tile * C.BM, start, head, score, C.BM, True, C)
     q = take(queries, x, C.SLOTS)  # [BM, D]
-    s_started = start_inner(k, chunks(q, C), C.BM, C)
+    s_started = biases.start_scores(k, chunks(q, C), C.BM, (), entries, C)
     st = warpgroup_mma_wait(0, deps=(s_started,))  # [R, BM]
     less = lse.index(slot).load(gl.SliceLayout(0, S))
     pt, factor = weights(
-        st, less, j, start, of_keys, of_all, bias, tile, head, place, mask, score, sources,
+        st, less, j, start, of_keys, bias, tile, head, place, mask, score, sources,
         to_log2, ROWS, SEEN, RUNS, ADDS, C,
     )  # fmt: skip
     do = take(douts, x, C.SLOTS)  # [BM, D]

@@ -1,0 +1,111 @@
+"""A bias of distances, one table per head: as products begin with it, and how it is laid out.
+
+In the layout of products a thread has, of every 8 columns, two in each of two rows that are 8
+apart: four distances that follow from the first. So a table is copied, four numbers for each of its
+distances, and a thread loads from one address the numbers of all its scores, four at a time, into
+the registers in which its products are summed. In tiles [queries, keys] distances grow with the
+columns; tiles [keys, queries] read the reversed table, in which they do as well.
+
+Copies go on beyond the ends, with what the ends have, as far as a tile reaches: tiles that lie
+farther read there. What keys or queries beyond the last would read is there too.
+"""
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton import constexpr_function
+
+from flashpatch_kernels.hopper.gluon import gl, jit
+from flashpatch_kernels.triton import launching, setups
+from flashpatch_kernels.triton.compiling import kernel
+from flashpatch_kernels.tuning import Tile
+
+# How far copies reach beyond the ends: the most rows and columns that a tile has together.
+REACH = tl.constexpr(256)
+
+
+@constexpr_function
+def loads(quads):
+    """Assembly that loads so many quads of numbers, each 8 distances after the one before."""
+    at = f"${4 * quads}"
+    texts = [
+        f"ld.global.nc.v4.f32 {{${x}, ${x + 1}, ${x + 2}, ${x + 3}}}, [{at} + {32 * x}];"
+        for x in range(0, 4 * quads, 4)
+    ]
+    return " ".join(texts)
+
+
+@constexpr_function
+def registers(quads):
+    """What `loads` writes, and the addresses that it is given, of which it uses the first."""
+    return ",".join(["=&f"] * (4 * quads) + ["l"] * (4 * quads))
+
+
+@jit
+def entries(bias, m, n, head, score, COLUMNS: gl.constexpr, OF_KEYS: gl.constexpr, C: gl.constexpr):
+    """A table's biases of the distances of a tile [R, COLUMNS]; nothing without a table.
+
+    The tile begins with query m and key n; its rows are keys, or else queries.
+    """
+    if bias[3] is not None:
+        S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+        # Each of four warps has 16 rows, and so each thread two.
+        gl.static_assert(C.R == 64 and C.R + COLUMNS <= REACH)
+        start = m - n + score[13] if OF_KEYS else n - m - score[12]
+        start = gl.maximum(gl.minimum(start, score[13] - score[12] + C.R), -COLUMNS) + REACH
+        row = gl.expand_dims(gl.arange(0, C.R, gl.SliceLayout(1, S)), 1)
+        column = gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, S)), 0)
+        first = bias[3] + (head.to(gl.int64) * score[11] + start) * 4
+        at = (first + (column - row) * 4).to(gl.uint64)
+        QUADS: gl.constexpr = COLUMNS // 8
+        x = gl.inline_asm_elementwise(
+            loads(QUADS), registers(QUADS), [at], dtype=gl.float32, is_pure=True, pack=4 * QUADS
+        )
+        return (x,)
+    else:
+        return ()
+
+
+@jit
+def begin(bias, m, n, head, score, COLUMNS: gl.constexpr, OF_KEYS: gl.constexpr, C: gl.constexpr):
+    """As `entries`, for products to begin with, where scores are products; else nothing."""
+    if C.PLAIN:
+        return entries(bias, m, n, head, score, COLUMNS, OF_KEYS, C)
+    else:
+        return ()
+
+
+def copies_of(table: Tensor, unit: float, *, both: bool) -> Tensor:
+    """Copies of a table [H, T], in float32 and times `unit`: [1 or 2, H, row, 4].
+
+    Args:
+        both: Whether copies of the reversed table are wanted too.
+    """
+    n_heads, entries = table.shape
+    row = entries + 2 * REACH.value
+    copies = table.new_empty((2 if both else 1, n_heads, row, 4), dtype=torch.float32)
+    tile = Tile(4, 256, 4, 1)
+    launching.launch(
+        copies_kernel,
+        copies.shape[0] * n_heads * setups.cdiv(row, tile.BN),
+        tile,
+        *(table, copies, *table.stride(), n_heads, entries, row, unit, tile.BN),
+    )
+    return copies
+
+
+@kernel
+def copies_kernel(
+    TABLE, COPIES, table_head, table_entry, n_heads, entries, row, unit, BN: tl.constexpr
+):
+    """BN quads of a head: of entry x those of x, x + 1, x - 8 and x - 7."""
+    n_parts = tl.cdiv(row, BN)
+    copy = tl.program_id(0) // n_parts  # the head, then the head of the reversed table
+    y = tl.program_id(0) % n_parts * BN + tl.arange(0, BN)[:, None]
+    z = tl.arange(0, 4)[None, :]
+    at = tl.minimum(tl.maximum(y - REACH + z % 2 - z // 2 * 8, 0), entries - 1)
+    at = tl.where(copy < n_heads, at, entries - 1 - at)
+    of_head = TABLE + tl.cast(copy % n_heads, tl.int64) * table_head
+    x = tl.load(of_head + tl.cast(at, tl.int64) * table_entry).to(tl.float32)
+    to = COPIES + (tl.cast(copy, tl.int64) * row + y) * 4 + z
+    tl.store(to, x * unit, mask=y < row)
