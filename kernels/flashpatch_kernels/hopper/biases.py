@@ -8,9 +8,9 @@ Where nothing else is done to products, scores are products (C.PLAIN), and biase
 unit: products of a tile begin with what a table has for it, and with the biases of its keys where
 these are its columns. Where they are its rows, what exponents are relative to has those in it.
 
-`bias` is (that of keys in float32, the strides of its batch and heads, copies of the table in that
+`bias` is (that of keys in float32, the strides of its batch and heads, a table's quads in that
 unit, the unit), None for what there is not; `score` as in `triton.scores`, where a table's row is
-that of its copies.
+that of its quads.
 """
 
 from typing import NamedTuple
@@ -109,19 +109,31 @@ def as_row(of_keys):
 
 
 @jit
+def thread_sums(x):
+    """Of sums [64, 4] by lanes those of the two rows of each thread: [4, 8, 4]."""
+    return gl.sum(x.reshape([4, 2, 8, 4]), 1)
+
+
+@jit
+def total(x):
+    """The sum of what `thread_sums` gave."""
+    return gl.sum(gl.sum(gl.sum(x, 2), 1), 0)
+
+
+@jit
 def no_sums(BIAS, ENDS, S: gl.constexpr, C: gl.constexpr):
     """Sums of dS^T over no queries, by the lanes that share a row: those that have a place.
 
     Returns:
-        For BIAS one sum [R, 4] of every key; for ENDS two, of the tiles below and above those that
-        a table's own sums are of.
+        For BIAS one sum [R, 4] of every key; for ENDS two, as `thread_sums` has them, of the tiles
+        below and above those that a table's own sums are of.
     """
     zero = lane_sums(gl.full([C.R, C.BM], 0.0, gl.float32, S))
     of_keys, of_ends = (), ()
     if BIAS is not None:
         of_keys = (zero,)
     if ENDS is not None:
-        of_ends = (zero, zero)
+        of_ends = (thread_sums(zero), thread_sums(zero))
     return of_keys, of_ends
 
 
@@ -140,6 +152,7 @@ def with_ds(sums, dst, m, n, near):
         if len(of_ends) > 0:
             first, end, rows = near
             distance = n - m // rows * rows
+            x = thread_sums(x)
             below = gl.where(distance < first, x, 0.0)
             above = gl.where(distance >= end, x, 0.0)
             of_ends = of_ends[0] + below, of_ends[1] + above
@@ -161,9 +174,9 @@ def store_sums(sums, BIAS, ENDS, bh, part, j, sizes, C: gl.constexpr):
         n_parts = gl.cdiv(n_keys, C.R)
         if part < n_parts:
             at = ENDS + bh.to(gl.int64) * n_parts + part
-            gl.store(at, gl.sum(gl.sum(of_ends[0], 1), 0))
+            gl.store(at, total(of_ends[0]))
             at += n_batch.to(gl.int64) * n_heads * n_parts
-            gl.store(at, gl.sum(gl.sum(of_ends[1], 1), 0))
+            gl.store(at, total(of_ends[1]))
 
 
 class Added(NamedTuple):
@@ -172,8 +185,8 @@ class Added(NamedTuple):
     Attributes:
         composed: The terms that kernels are composed of: slopes.
         bias: That of keys, in float32, or None.
-        tables: Copies of a table for tiles [queries, keys] and for tiles [keys, queries], or None.
-        unit: What biases are multiplied by beside products; copies have it in them.
+        tables: Quads of a table for tiles [queries, keys] and for tiles [keys, queries], or None.
+        unit: What biases are multiplied by beside products; quads have it in them.
         numbers: As in `terms.Terms`, without vectors by distance.
     """
 
@@ -191,8 +204,8 @@ def added_of(call: setups.Setup, *, both: bool) -> Added:
     slopes = [] if o.slopes is None else [terms.slopes_term(o.slopes)]
     strides, ends, row, tables = [0, 0, 0], (0, 0), 0, (None, None)
     if o.table is not None:
-        copies = table.copies_of(o.table, unit, both=both)
-        tables, row = (copies[0], copies[-1]), copies.shape[2]
+        quads = table.quads_of(o.table, unit, both=both)
+        tables, row = (quads[0], quads[-1]), quads.shape[2]
         ends = call.first, call.first + o.table.shape[1] - 1
     bias = None
     if o.bias is not None:

@@ -1,13 +1,14 @@
 """A bias of distances, one table per head: as products begin with it, and how it is laid out.
 
 In the layout of products a thread has, of every 8 columns, two in each of two rows that are 8
-apart: four distances that follow from the first. So a table is copied, four numbers for each of its
-distances, and a thread loads from one address the numbers of all its scores, four at a time, into
-the registers in which its products are summed. In tiles [queries, keys] distances grow with the
-columns; tiles [keys, queries] read the reversed table, in which they do as well.
+apart: of the first's distance x these are x, x + 1, x - 8 and x - 7. So a table is copied as quads,
+the four numbers for each distance, and a thread loads from one address what all its scores take, a
+quad at a time, into the registers in which its products are summed. That is for tiles [queries,
+keys], where distances grow with the columns; tiles [keys, queries] read quads of the reversed
+table, in which they do as well.
 
-Copies go on beyond the ends, with what the ends have, as far as a tile reaches: tiles that lie
-farther read there. What keys or queries beyond the last would read is there too.
+Quads go on beyond the ends, with what the ends have, as far as a tile reaches: tiles that lie
+farther read there, and what is beyond the last query or key as well.
 """
 
 import torch
@@ -20,7 +21,7 @@ from flashpatch_kernels.triton import launching, setups
 from flashpatch_kernels.triton.compiling import kernel
 from flashpatch_kernels.tuning import Tile
 
-# How far copies reach beyond the ends: the most rows and columns that a tile has together.
+# How far quads reach beyond the ends: the most rows and columns that a tile has together.
 REACH = tl.constexpr(256)
 
 
@@ -75,30 +76,30 @@ def begin(bias, m, n, head, score, COLUMNS: gl.constexpr, OF_KEYS: gl.constexpr,
         return ()
 
 
-def copies_of(table: Tensor, unit: float, *, both: bool) -> Tensor:
-    """Copies of a table [H, T], in float32 and times `unit`: [1 or 2, H, row, 4].
+def quads_of(table: Tensor, unit: float, *, both: bool) -> Tensor:
+    """The quads of a table [H, T] in float32, times `unit`: [1 or 2, H, row, 4].
 
     Args:
-        both: Whether copies of the reversed table are wanted too.
+        both: Whether those of the reversed table are wanted too.
     """
     n_heads, entries = table.shape
     row = entries + 2 * REACH.value
-    copies = table.new_empty((2 if both else 1, n_heads, row, 4), dtype=torch.float32)
+    quads = table.new_empty((2 if both else 1, n_heads, row, 4), dtype=torch.float32)
     tile = Tile(4, 256, 4, 1)
     launching.launch(
-        copies_kernel,
-        copies.shape[0] * n_heads * setups.cdiv(row, tile.BN),
+        quads_kernel,
+        quads.shape[0] * n_heads * setups.cdiv(row, tile.BN),
         tile,
-        *(table, copies, *table.stride(), n_heads, entries, row, unit, tile.BN),
+        *(table, quads, *table.stride(), n_heads, entries, row, unit, tile.BN),
     )
-    return copies
+    return quads
 
 
 @kernel
-def copies_kernel(
-    TABLE, COPIES, table_head, table_entry, n_heads, entries, row, unit, BN: tl.constexpr
+def quads_kernel(
+    TABLE, QUADS, table_head, table_entry, n_heads, entries, row, unit, BN: tl.constexpr
 ):
-    """BN quads of a head: of entry x those of x, x + 1, x - 8 and x - 7."""
+    """BN quads of a head."""
     n_parts = tl.cdiv(row, BN)
     copy = tl.program_id(0) // n_parts  # the head, then the head of the reversed table
     y = tl.program_id(0) % n_parts * BN + tl.arange(0, BN)[:, None]
@@ -107,5 +108,5 @@ def copies_kernel(
     at = tl.where(copy < n_heads, at, entries - 1 - at)
     of_head = TABLE + tl.cast(copy % n_heads, tl.int64) * table_head
     x = tl.load(of_head + tl.cast(at, tl.int64) * table_entry).to(tl.float32)
-    to = COPIES + (tl.cast(copy, tl.int64) * row + y) * 4 + z
+    to = QUADS + (tl.cast(copy, tl.int64) * row + y) * 4 + z
     tl.store(to, x * unit, mask=y < row)
