@@ -356,6 +356,17 @@ def test_a_bias_of_keys_may_hide_them(case, compare, hides, d):
     compare(replace(one, options=replace(one.options, bias=bias.requires_grad_())), SIZES[d])
 
 
+@pytest.mark.parametrize("hides", [-1e9, float("-inf")])
+@pytest.mark.parametrize("d", SIZES)
+def test_a_table_may_hide_distances(case, compare, hides, d):
+    """Single ones and all of many tiles, in a table whose heads lie beside each other in memory."""
+    one = case("full", terms=("table",), n=700, m=700, d=d)
+    table = one.options.table.detach().t().contiguous().t()
+    table[:, :450] = hides
+    table[:, 5::7] = hides
+    compare(replace(one, options=replace(one.options, table=table.requires_grad_())), SIZES[d])
+
+
 GIVEN = {
     "slopes": ("slopes", {}),
     "a bias of keys": ("bias", {}),

@@ -80,7 +80,7 @@ def backward(
         added = terms.terms_of(call, steps, both=False) if by_sums else terms.NO_TERMS
         shared = Shared(call, added, inputs, call.strides(*inputs), stats, steps)
         compute_stats(shared, out, lse.contiguous(), None if dlse is None else dlse.contiguous())
-        work = Work(shared, biases.added_of(call, steps), sums)
+        work = Work(shared, biases.added_of(call, steps, both=True), sums)
         if in_one:
             launch_joint(work, grads, in_order=same)
         else:
@@ -194,7 +194,7 @@ def launch_key_pass(
         *call.mask.arguments(
             tile_lists.query_lists(shared.steps, call.mask, tile, group, n_queries, n_keys)
         ),
-        *(*call.cap, added.bias, added.table, added.unit, composed.pointers, *added.numbers),
+        *(*call.cap, added.bias, added.tables[1], added.unit, composed.pointers, *added.numbers),
         *(call.mask.rows, call.mask.seen, call.mask.queries, call.mask.has_runs),
         *(composed.opens, composed.adds, composed.code, fixed),
     )
@@ -217,7 +217,7 @@ def launch_queries(work: Work, dq: Tensor) -> None:
         *call.mask.arguments(
             tile_lists.key_tiles(shared.steps, call.mask, tile, fixed.R, n_queries, n_keys)
         ),
-        *(*call.cap, added.bias, added.table, added.unit, composed.pointers, *added.numbers),
+        *(*call.cap, added.bias, added.tables[0], added.unit, composed.pointers, *added.numbers),
         *(call.mask.rows, call.mask.seen, crews.keys_of(call.mask), call.mask.has_runs),
         *(composed.opens, composed.adds, composed.code, fixed),
     )

@@ -1,18 +1,16 @@
-"""What Hopper kernels add to scores beside slopes: a bias of keys, and a table's, by distance.
+"""What Hopper kernels add to scores beside slopes: a bias of keys, and a table's (see `table`).
 
 A bias of keys is a number for each key of a tile. Where keys are the columns of tiles, a thread has
 use for a quarter of the numbers: who reads the keys reads them too, once, and hands them on beside
 the keys. Where they are the rows, a thread has use for two, and reads them itself.
 
-A table that is constant beyond its ends adds one number to most tiles. In those between its ends,
-which are few, every thread looks its entries up.
-
 Where nothing else is done to products, scores are products (C.PLAIN), and biases are added in their
-unit, or to what exponents are relative to, of which a tile has a row or a column; and products of a
-tile begin with the biases of its keys.
+unit: products of a tile begin with what a table has for it, and with the biases of its keys where
+these are its columns. Where they are its rows, what exponents are relative to has those in it.
 
-`bias` is (that of keys in float32, the strides of its batch and heads, the table in float32, what
-either is multiplied by beside products), None for what there is not; `score` as in `triton.scores`.
+`bias` is (that of keys in float32, the strides of its batch and heads, a table's quads in that
+unit, the unit), None for what there is not; `score` as in `triton.scores`, where a table's row is
+that of its quads.
 """
 
 from typing import NamedTuple
@@ -20,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashpatch_kernels.hopper import crews
+from flashpatch_kernels.hopper import crews, table
 from flashpatch_kernels.hopper.gluon import gl, jit
 from flashpatch_kernels.hopper.products import start_inner
 from flashpatch_kernels.hopper.rings import put_numbers
@@ -28,7 +26,6 @@ from flashpatch_kernels.hopper.softmax import lane_sums
 from flashpatch_kernels.triton import setups, term_gradients, terms
 from flashpatch_kernels.triton.plans import Steps
 from flashpatch_kernels.triton.stats import Shared
-from flashpatch_kernels.triton.tiles import LOG2E
 
 
 @jit
@@ -87,85 +84,41 @@ def taken(beside_keys, number, S: gl.constexpr, C: gl.constexpr):
 
 
 @jit
-def start_scores(q, k, of_keys, C: gl.constexpr):
-    """Issues Q K^T, to which biases [BN] of keys are added where scores are products."""
-    if C.PLAIN and len(of_keys) > 0:
-        return start_inner(q, k, C.BN, C, of_keys[0])
-    else:
-        return start_inner(q, k, C.BN, C)
+def start_scores(a, b, COLUMNS: gl.constexpr, of_keys, entries, C: gl.constexpr):
+    """Issues A B^T of queries and keys in either order: [R, D], [COLUMNS, D] -> [R, COLUMNS].
 
-
-@jit
-def levels(of_keys, of_all):
-    """Biases [BN] of keys as a row, and what a table adds to all, as far as there are any."""
-    if len(of_keys) > 0:
-        return (gl.expand_dims(of_keys[0], 0),) + of_all
-    else:
-        return of_all
-
-
-@jit
-def near(m, n, QUERIES: gl.constexpr, KEYS: gl.constexpr, score):
-    """Whether a tile that begins with query m and key n has distances between a table's ends."""
-    return (n + KEYS - 1 - m > score[12]) & (n - (m + QUERIES - 1) < score[13])
-
-
-@jit
-def beyond_ends(bias, m, n, QUERIES: gl.constexpr, KEYS: gl.constexpr, head, score):
-    """What a table adds to a tile that is not `near`, and 0 for one that is; nothing without it.
-
-    Asked for before products are awaited, because it takes its time.
+    It begins with biases [COLUMNS] of keys and what `table.begin` gave, if there are any.
     """
-    table = bias[3]
-    if table is not None:
-        distance = n - (m + QUERIES - 1)
-        at = gl.minimum(gl.maximum(distance, score[12]), score[13]) - score[12]
-        x = gl.load(table + head.to(gl.int64) * score[11] + at)
-        return (gl.where(near(m, n, QUERIES, KEYS, score), 0.0, x),)
+    if len(entries) > 0:
+        begin = entries[0]
+        if C.PLAIN and len(of_keys) > 0:
+            begin = begin + gl.expand_dims(of_keys[0], 0)
+        return start_inner(a, b, COLUMNS, C, begin)
+    elif C.PLAIN and len(of_keys) > 0:
+        return start_inner(a, b, COLUMNS, C, of_keys[0])
+    else:
+        return start_inner(a, b, COLUMNS, C)
+
+
+@jit
+def as_row(of_keys):
+    """Biases [BN] of keys as [1, BN], if there are any."""
+    if len(of_keys) > 0:
+        return (gl.expand_dims(of_keys[0], 0),)
     else:
         return ()
 
 
 @jit
-def with_entries(s, i, j, m, n, head, bias, score):
-    """A tile of scores with a table's biases of its distances j - i, if it is `near`.
-
-    Nothing is added without a table. Entries are looked up one by one: as one block of loads they
-    would take registers for as many addresses and numbers as there are scores.
-    """
-    text: gl.constexpr = (
-        "{ .reg .s32 distance; .reg .b64 at; .reg .f32 x; sub.s32 distance, $2, $3; "
-        "max.s32 distance, distance, $4; min.s32 distance, distance, $5; "
-        "mad.wide.s32 at, distance, 4, $6; ld.global.nc.f32 x, [at]; fma.rn.f32 $0, x, $7, $1; }"
-    )
-    if bias[3] is not None:
-        QUERIES: gl.constexpr = i.shape[0] * i.shape[1]
-        KEYS: gl.constexpr = j.shape[0] * j.shape[1]
-        if near(m, n, QUERIES, KEYS, score):
-            base = (bias[3] + (head.to(gl.int64) * score[11] - score[12])).to(gl.uint64)
-            s = gl.inline_asm_elementwise(
-                text, "=f,f,r,r,r,r,l,f", [s, j, i, score[12], score[13], base, bias[4]],
-                dtype=gl.float32, is_pure=True, pack=1,
-            )  # fmt: skip
-    return s
+def thread_sums(x):
+    """Of sums [64, 4] by lanes those of the two rows of each thread: [4, 8, 4]."""
+    return gl.sum(x.reshape([4, 2, 8, 4]), 1)
 
 
 @jit
-def less(x, of_all, C: gl.constexpr):
-    """What exponents are relative to, in base 2, less what a table adds to all of a tile."""
-    if C.PLAIN and len(of_all) > 0:
-        return x - of_all[0] * LOG2E
-    else:
-        return x
-
-
-@jit
-def more(x, old, alpha, of_all, C: gl.constexpr):
-    """Of a reference that may have moved, by alpha, what `less` was given; the old one if not."""
-    if C.PLAIN and len(of_all) > 0:
-        return gl.where(alpha == 1.0, old, x + of_all[0] * LOG2E)
-    else:
-        return x
+def total(x):
+    """The sum of what `thread_sums` gave."""
+    return gl.sum(gl.sum(gl.sum(x, 2), 1), 0)
 
 
 @jit
@@ -173,23 +126,16 @@ def no_sums(BIAS, ENDS, S: gl.constexpr, C: gl.constexpr):
     """Sums of dS^T over no queries, by the lanes that share a row: those that have a place.
 
     Returns:
-        For BIAS one sum [R, 4] of every key; for ENDS two, [R / 16, 8, 4], of the tiles below and
-        above those that a table's own sums are of.
+        For BIAS one sum [R, 4] of every key; for ENDS two, as `thread_sums` has them, of the tiles
+        below and above those that a table's own sums are of.
     """
     zero = lane_sums(gl.full([C.R, C.BM], 0.0, gl.float32, S))
     of_keys, of_ends = (), ()
     if BIAS is not None:
         of_keys = (zero,)
     if ENDS is not None:
-        zero = of_thread(zero)
-        of_ends = (zero, zero)
+        of_ends = (thread_sums(zero), thread_sums(zero))
     return of_keys, of_ends
-
-
-@jit
-def of_thread(x):
-    """The sums of both rows that a thread has of the lanes' sums x [R, 4]."""
-    return gl.sum(x.reshape([x.shape[0] // 16, 2, 8, 4]), 1)
 
 
 @jit
@@ -197,7 +143,7 @@ def with_ds(sums, dst, m, n, near):
     """The sums with those of a tile dS^T [R, BM] that begins with query m and key n.
 
     `near` is (the first and the end of the distances n - m at which tiles begin that a table's own
-    sums are of, how many queries such a tile has, a power of two).
+    sums are of, how many queries such a tile has).
     """
     of_keys, of_ends = sums
     if len(of_keys) > 0 or len(of_ends) > 0:
@@ -206,8 +152,8 @@ def with_ds(sums, dst, m, n, near):
             of_keys = (of_keys[0] + x,)
         if len(of_ends) > 0:
             first, end, rows = near
-            distance = n - (m & -rows)
-            x = of_thread(x)
+            distance = n - m // rows * rows
+            x = thread_sums(x)
             below = gl.where(distance < first, x, 0.0)
             above = gl.where(distance >= end, x, 0.0)
             of_ends = of_ends[0] + below, of_ends[1] + above
@@ -229,9 +175,9 @@ def store_sums(sums, BIAS, ENDS, bh, part, j, sizes, C: gl.constexpr):
         n_parts = gl.cdiv(n_keys, C.R)
         if part < n_parts:
             at = ENDS + bh.to(gl.int64) * n_parts + part
-            gl.store(at, gl.sum(gl.sum(gl.sum(of_ends[0], 2), 1), 0))
+            gl.store(at, total(of_ends[0]))
             at += n_batch.to(gl.int64) * n_heads * n_parts
-            gl.store(at, gl.sum(gl.sum(gl.sum(of_ends[1], 2), 1), 0))
+            gl.store(at, total(of_ends[1]))
 
 
 class Added(NamedTuple):
@@ -240,35 +186,33 @@ class Added(NamedTuple):
     Attributes:
         composed: The terms that kernels are composed of: slopes.
         bias: That of keys, in float32, or None.
-        table: In float32, or None.
-        unit: What either is multiplied by beside products.
+        tables: Quads of a table for tiles [queries, keys] and for tiles [keys, queries], or None.
+        unit: What biases are multiplied by beside products; quads have it in them.
         numbers: As in `terms.Terms`, without vectors by distance.
     """
 
     composed: terms.Composed
     bias: Tensor | None
-    table: Tensor | None
+    tables: tuple[Tensor | None, Tensor | None]
     unit: float
     numbers: tuple[int, ...]
 
 
-def added_of(call: setups.Setup, steps: Steps) -> Added:
-    """What is added to the scores of a call."""
+def added_of(call: setups.Setup, steps: Steps, *, both: bool) -> Added:
+    """What is added to the scores of a call, for tiles [queries, keys] or `both` kinds."""
     o = call.options
+    unit = 1 / o.scale if crews.plain(call) else 1.0
     slopes = [] if o.slopes is None else [terms.slopes_term(o.slopes)]
-    strides, ends, row, table, bias = [0, 0, 0], (0, 0), 0, o.table, o.bias
-    if table is not None:
-        if table.dtype != torch.float32 or not table.is_contiguous():
-            table = steps.copied(table, torch.float32)
-        row = table.shape[1]
-        ends = call.first, call.first + row - 1
+    strides, ends, row, tables, bias = [0, 0, 0], (0, 0), 0, (None, None), o.bias
+    if o.table is not None:
+        tables = table.quads_of(steps, o.table, unit, both=both)
+        row, ends = tables[0].shape[1], (call.first, call.first + o.table.shape[1] - 1)
     if bias is not None:
         if bias.dtype != torch.float32 or bias.stride(-1) != 1:
             bias = steps.copied(bias, torch.float32)
         strides = setups.strides(bias)
-    unit = 1 / o.scale if crews.plain(call) else 1.0
     numbers = (*strides, 1, row, *ends, call.origin)
-    return Added(terms.Composed.of(slopes), bias, table, unit, numbers)
+    return Added(terms.Composed.of(slopes), bias, tables, unit, numbers)
 
 
 class Sums(NamedTuple):

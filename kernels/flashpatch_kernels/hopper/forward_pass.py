@@ -17,7 +17,7 @@ Source: Shah et al., FlashAttention-3 (2024), sections 3.1 and 3.2.
 from torch import Tensor
 
 from flashpatch_kernels import triton as portable
-from flashpatch_kernels.hopper import biases, crews, softmax, weights
+from flashpatch_kernels.hopper import biases, crews, softmax, table, weights
 from flashpatch_kernels.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -28,7 +28,7 @@ from flashpatch_kernels.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from flashpatch_kernels.hopper.powers import FORWARD, polynomials
+from flashpatch_kernels.hopper.powers import polynomials
 from flashpatch_kernels.hopper.products import chunks
 from flashpatch_kernels.hopper.rings import (
     beside,
@@ -92,7 +92,7 @@ def produce(given, KEYS: gl.constexpr, RUNS: gl.constexpr, C: gl.constexpr):
 
 @jit
 def scored(
-    s, i, m, of_keys, of_all, bias, lo, hi, tile, batch, head, sizes, mask, score, sources,
+    s, i, m, of_keys, bias, lo, hi, tile, batch, head, sizes, mask, score, sources,
     SEEN: gl.constexpr, RUNS: gl.constexpr, ADDS: gl.constexpr, C: gl.constexpr,
     MASKED: gl.constexpr,
 ):  # fmt: skip
@@ -102,10 +102,8 @@ def scored(
     j = gl.expand_dims(n + gl.arange(0, C.BN, gl.SliceLayout(0, s.type.layout)), 0)
     row = gl.expand_dims(i, 1)
     if not C.PLAIN:
-        levels = biases.levels(of_keys, of_all)
-        s, _ = weights.scored(s, row, j, m, n, head, levels, bias, score, sources, C, ADDS)
-    else:
-        s = biases.with_entries(s, row, j, m, n, head, bias, score)
+        of_keys = biases.as_row(of_keys)
+        s, _ = weights.scored(s, row, j, m, n, head, of_keys, bias, score, sources, C, ADDS)
     if MASKED:
         low = gl.expand_dims(lo, 1)
         seen = SEEN(low, gl.expand_dims(hi, 1), row, j, mask, batch, head, n_queries, n_keys, RUNS)
@@ -148,6 +146,8 @@ def consume(
         m, l = softmax.start(sinks, head, C.R, gl.SliceLayout(1, S))
         acc = gl.full([C.R, C.DV], 0.0, gl.float32, A)
 
+        key = edges_first(0, t0, t1, t2, t3) * C.BN
+        entries = table.begin(bias, own_start, key, head, of_row, C.BN, False, C)
         number = turn * CONSUMERS + consumer
         own = take(queries, number, C.Q_SLOTS)
         q = chunks(own, C)
@@ -155,7 +155,7 @@ def consume(
         of_keys = biases.taken(beside_keys, done, S, C)
         if C.IN_TURN:
             await_turn(consumer, done)
-        started = biases.start_scores(q, chunks(k, C), of_keys, C)
+        started = biases.start_scores(q, chunks(k, C), C.BN, of_keys, entries, C)
         if C.IN_TURN:
             pass_turn(consumer, CONSUMERS, done)
         if LATER and turn > 0:
@@ -164,13 +164,10 @@ def consume(
         s = warpgroup_mma_wait(0, deps=(started,))
         leave(keys, done, C.SLOTS)
         first = edges_first(0, t0, t1, t2, t3)
-        of_all = biases.beyond_ends(bias, own_start, first * C.BN, C.R, C.BN, head, of_row)
         s = scored(
-            s, inside, own_start, of_keys, of_all, bias, lo, hi, first, batch, head, sizes, mask,
+            s, inside, own_start, of_keys, bias, lo, hi, first, batch, head, sizes, mask,
             of_row, sources, SEEN, RUNS, ADDS, C, True,
         )  # fmt: skip
-        if C.PLAIN and len(of_all) > 0:
-            s = s + of_all[0] * bias[4]
         p, m, l = softmax.first_step(s, m, l, to_log2, dtype, C.DV)
         # Two loops, so that the instructions of whole tiles lie in a row.
         for x in range(1, edges):
@@ -219,43 +216,36 @@ def consume_step(
     MASKED: gl.constexpr,
 ):  # fmt: skip
     """Adds the values of tile x - 1, of weights p, and computes the weights of tile x meanwhile."""
-    of_all = biases.beyond_ends(bias, start, tile * C.BN, C.R, C.BN, head, score)
+    entries = table.begin(bias, start, tile * C.BN, head, score, C.BN, False, C)
     k = take(keys, x, C.SLOTS)
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BN, 16])
     of_keys = biases.taken(beside_keys, x, S, C)
     if C.IN_TURN:
         await_turn(consumer, x)
-    started = biases.start_scores(q, chunks(k, C), of_keys, C)
+    started = biases.start_scores(q, chunks(k, C), C.BN, of_keys, entries, C)
     v = tile_of(values, x, C.SLOTS)
     added = warpgroup_mma(p, v, acc, is_async=True)
     if C.IN_TURN:
         pass_turn(consumer, C.CONSUMERS, x)
     s = warpgroup_mma_wait(1, deps=(started,))
     s = scored(
-        s, i, start, of_keys, of_all, bias, lo, hi, tile, batch, head, sizes, mask, score, sources,
+        s, i, start, of_keys, bias, lo, hi, tile, batch, head, sizes, mask, score, sources,
         SEEN, RUNS, ADDS, C, MASKED,
     )  # fmt: skip
-    reference = biases.less(m, of_all, C)
-    share: gl.constexpr = polynomials(C, FORWARD)
-    p, sums, moves = softmax.step(s, reference, to_log2, p.dtype, C.DV, share)
+    share: gl.constexpr = polynomials(C)
+    p, sums, moves = softmax.step(s, m, to_log2, p.dtype, C.DV, share)
     if C.CONSUMERS > 2:
         # Instructions of three consumers hardly fit in their cache: one branch, not two.
         acc = warpgroup_mma_wait(0, deps=(added,))
         leave(keys, x, C.SLOTS)
         if moves != 0:
-            p, sums, reference, l, alpha = softmax.move(
-                s, reference, l, sums, to_log2, p.dtype, C.DV, share
-            )
-            m = biases.more(reference, m, alpha, of_all, C)
+            p, sums, m, l, alpha = softmax.move(s, m, l, sums, to_log2, p.dtype, C.DV, share)
             acc = acc * softmax.like_rows(alpha, acc)
     else:
         # A branch before the wait, which the assembler would else move before the exponentials.
         alpha = gl.full([C.R], 1.0, gl.float32, m.type.layout)
         if moves != 0:
-            p, sums, reference, l, alpha = softmax.move(
-                s, reference, l, sums, to_log2, p.dtype, C.DV, share
-            )
-            m = biases.more(reference, m, alpha, of_all, C)
+            p, sums, m, l, alpha = softmax.move(s, m, l, sums, to_log2, p.dtype, C.DV, share)
         acc = warpgroup_mma_wait(0, deps=(added,))
         leave(keys, x, C.SLOTS)
         if moves != 0:
@@ -339,7 +329,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
         tile, fixed = crews.tuned(call, "forward")
         n_batch, n_heads, _, n_queries, n_keys = call.sizes
         n_tiles = setups.cdiv(n_queries, tile.BM)
-        added = biases.added_of(call, steps)
+        added = biases.added_of(call, steps, both=False)
         steps.launch(
             forward_kernel,
             crews.programs(call, "forward", n_tiles * n_batch * n_heads),
@@ -351,7 +341,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
             *call.mask.arguments(
                 tile_lists.key_tiles(steps, call.mask, tile, fixed.R, n_queries, n_keys)
             ),
-            *(*call.cap, added.bias, added.table, added.unit, options.sinks),
+            *(*call.cap, added.bias, added.tables[0], added.unit, options.sinks),
             *(added.composed.pointers, *added.numbers),
             *(call.mask.rows, call.mask.seen, crews.keys_of(call.mask), call.mask.has_runs),
             *(added.composed.opens, added.composed.adds, added.composed.code, fixed),

@@ -26,7 +26,7 @@ Source: Shah et al., FlashAttention-3 (2024), section 3.1 and appendix B.1.
 
 from triton import constexpr_function
 
-from flashpatch_kernels.hopper import biases
+from flashpatch_kernels.hopper import biases, table
 from flashpatch_kernels.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -46,7 +46,6 @@ from flashpatch_kernels.hopper.ordering import (
     count_one,
     rank,
 )
-from flashpatch_kernels.hopper.powers import JOINT, polynomials
 from flashpatch_kernels.hopper.products import (
     anew,
     chunks,
@@ -89,8 +88,8 @@ def roomy(C):
 
 @constexpr_function
 def packed(C):
-    """Whether P, until dS is known, is kept in 16 bits."""
-    return C.D > 64 or C.BM > 64
+    """Whether P, until dS is known, is kept in 16 bits: under a cap there are two tiles of it."""
+    return C.CAP or C.D > 64 or C.BM > 64
 
 
 @constexpr_function
@@ -297,14 +296,14 @@ def consume_step(
     dtype: gl.constexpr = keys[0].dtype
     slot = x % C.SLOTS
     of_keys = biases.of_rows(bias, place[4], head, start, place[0][4], S, C)
-    of_all = biases.beyond_ends(bias, tile * C.BM, start, C.BM, C.R, head, score)
+    entries = table.begin(bias, tile * C.BM, start, head, score, C.BM, True, C)
     q = take(queries, x, C.SLOTS)  # [BM, D]
-    s_started = start_inner(k, chunks(q, C), C.BM, C)
+    s_started = biases.start_scores(k, chunks(q, C), C.BM, (), entries, C)
     st = warpgroup_mma_wait(0, deps=(s_started,))  # [R, BM]
     less = lse.index(slot).load(gl.SliceLayout(0, S))
     pt, factor = weights(
-        st, less, j, start, of_keys, of_all, bias, tile, head, place, mask, score, sources,
-        to_log2, ROWS, SEEN, RUNS, ADDS, C, polynomials(C, JOINT),
+        st, less, j, start, of_keys, bias, tile, head, place, mask, score, sources,
+        to_log2, ROWS, SEEN, RUNS, ADDS, C,
     )  # fmt: skip
     do = take(douts, x, C.SLOTS)  # [BM, D]
     less = minus_delta.index(slot).load(gl.SliceLayout(0, S))

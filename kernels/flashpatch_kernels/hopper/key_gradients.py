@@ -11,7 +11,7 @@ multiplies.
 Letters: B batch, H query heads, N queries, M keys, D head size.
 """
 
-from flashpatch_kernels.hopper import biases
+from flashpatch_kernels.hopper import biases, table
 from flashpatch_kernels.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -138,18 +138,19 @@ def weigh(
             x = done + y
             q = take(queries, x, C.SLOTS)
             for b in gl.static_range(BLOCKS):
-                started = start_inner(chunks(block(keys, b, x, C), C), chunks(q, C), C.BM, C)
+                head = g * group + y // met
+                n = start + b * C.R
+                m = (t0 + y % met) * C.BM
+                entries = table.begin(bias, m, n, head, of_row, C.BM, True, C)
+                k = chunks(block(keys, b, x, C), C)
+                started = biases.start_scores(k, chunks(q, C), C.BM, (), entries, C)
                 less = lse.index(x % C.SLOTS).load(gl.SliceLayout(0, S))
                 st = warpgroup_mma_wait(0, deps=(started,))  # [R, BM]
                 if b == BLOCKS - 1:
                     leave(queries, x, C.SLOTS)
-                head = g * group + y // met
-                n = start + b * C.R
                 of_keys = biases.of_rows(bias, batch, head, n, n_keys, S, C)
-                m = (t0 + y % met) * C.BM
-                of_all = biases.beyond_ends(bias, m, n, C.BM, C.R, head, of_row)
                 pt, factor = weights(
-                    st, less, within + b * C.R, n, of_keys, of_all, bias, t0 + y % met, head,
+                    st, less, within + b * C.R, n, of_keys, bias, t0 + y % met, head,
                     where, mask, of_row, sources, to_log2, ROWS, SEEN, RUNS, ADDS, C,
                 )  # fmt: skip
                 give(ps, x * BLOCKS + b, factor.to(dtype), 2 * BLOCKS)

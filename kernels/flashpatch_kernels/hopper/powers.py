@@ -18,14 +18,14 @@ from triton import constexpr_function
 
 from flashpatch_kernels.hopper.gluon import gl, jit
 
-# How many of 8 columns where scores are capped, in the forward pass and the joint backward one.
-FORWARD, JOINT = gl.constexpr(2), gl.constexpr(2)
+# How many of 8 columns where scores are capped.
+OF_EIGHT = 4
 
 
 @constexpr_function
-def polynomials(C, of_eight):
-    """So many of 8 columns where the unit bounds a kernel, else none."""
-    return of_eight if C.CAP and C.D <= 64 else 0
+def polynomials(C):
+    """How many of 8 columns: some where the unit bounds a kernel, else none."""
+    return OF_EIGHT if C.CAP and C.D <= 64 else 0
 
 
 @constexpr_function

@@ -25,13 +25,16 @@ def value_chunks(tile, C: gl.constexpr):
 def start_inner(a, b, COLUMNS: gl.constexpr, C: gl.constexpr, begin=None):
     """Issues A B^T over the chunks of both: [R, D], [COLUMNS, D] -> [R, COLUMNS].
 
-    It is added to `begin`, numbers [COLUMNS], where they are given.
+    It is added to `begin`, numbers [COLUMNS] or [R, COLUMNS], where they are given.
     """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     sums = gl.full([C.R, COLUMNS], 0.0, gl.float32, layout)
     ADDS: gl.constexpr = begin is not None
     if ADDS:
-        sums = sums + gl.expand_dims(begin, 0)
+        if len(begin.shape) == 1:
+            sums = sums + gl.expand_dims(begin, 0)
+        else:
+            sums = begin
     started = warpgroup_mma(a[0], b[0].permute((1, 0)), sums, use_acc=ADDS, is_async=True)
     if len(a) > 1:
         started = warpgroup_mma(a[1], b[1].permute((1, 0)), started, is_async=True)

@@ -9,7 +9,7 @@ Source: Dao, FlashAttention-2 (2023), algorithm 2, of which this is the part for
 
 from triton import constexpr_function
 
-from flashpatch_kernels.hopper import biases
+from flashpatch_kernels.hopper import biases, table
 from flashpatch_kernels.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -109,9 +109,9 @@ def consume(
             do = douts[0].index(mine).reshape([C.R, C.DV])
             k = take(keys, done + x, C.SLOTS)
             key = edges_first(x, t0, t1, t2, t3) * C.BN
-            of_all = biases.beyond_ends(bias, own_start, key, C.R, C.BN, head, of_row)
+            entries = table.begin(bias, own_start, key, head, of_row, C.BN, False, C)
             of_keys = biases.taken(beside_keys, done + x, S, C)
-            s_started = biases.start_scores(chunks(q, C), chunks(k, C), of_keys, C)
+            s_started = biases.start_scores(chunks(q, C), chunks(k, C), C.BN, of_keys, entries, C)
             do, v = value_chunks(do, C), value_chunks(take(values, done + x, value_slots(C)), C)
             dp_started = start_inner(do, v, C.BN, C)
             s = warpgroup_mma_wait(len(v), deps=(s_started,))  # [R, BN]
@@ -119,12 +119,10 @@ def consume(
             t = s
             if not C.PLAIN:
                 s, t = scored(
-                    s, row, j, own_start, key, head, biases.levels(of_keys, of_all), bias, of_row,
+                    s, row, j, own_start, key, head, biases.as_row(of_keys), bias, of_row,
                     sources, C, ADDS,
                 )  # fmt: skip
-            else:
-                s = biases.with_entries(s, row, j, own_start, key, head, bias, of_row)
-            p = gl.exp2(s * to_log2 - gl.expand_dims(biases.less(lse, of_all, C), 1))
+            p = gl.exp2(s * to_log2 - gl.expand_dims(lse, 1))
             if not C.PLAIN:
                 p = scores.product_gradient(p, t, row, j, head, of_row, sources, C, ADDS)
             if x < edges:

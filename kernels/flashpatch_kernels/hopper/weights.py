@@ -3,9 +3,8 @@
 A cap to which nothing is added is part of the factor from scores to base 2 (`crews.to_log2`).
 """
 
-from flashpatch_kernels.hopper import biases
+from flashpatch_kernels.hopper import table
 from flashpatch_kernels.hopper.gluon import gl, jit
-from flashpatch_kernels.hopper.powers import powers
 from flashpatch_kernels.triton import scores
 from flashpatch_kernels.triton.tiles import LOG2E
 
@@ -21,37 +20,37 @@ def read_stats(STATS, head, row, n_rows, n_queries, C: gl.constexpr):
 
 @jit
 def scored(
-    s, row, column, m, n, head, levels, bias, score, sources, C: gl.constexpr, ADDS: gl.constexpr
+    s, row, column, m, n, head, of_keys, bias, score, sources, C: gl.constexpr, ADDS: gl.constexpr
 ):
     """Scores of products of a tile, but for a cap that is part of the factor.
 
     The tile begins with query m and key n, and keys may be beyond the last, because no term of
-    these kernels reads by their numbers; `levels` are biases of keys, and what a table adds to all
-    (see `biases`), if there are any.
+    these kernels reads by their numbers; `of_keys` are their biases beside the tile, if there
+    are any.
 
     Returns:
         The scores, and the hyperbolic tangent that a cap took of the products.
     """
-    if len(levels) > 0:
-        level = levels[0] + levels[1] if len(levels) > 1 else levels[0]
-        s, t = scores.scores(s, row, column, m, n, head, level, score, sources, C, ADDS)
-        return biases.with_entries(s, row, column, m, n, head, bias, score), t
-    else:
-        s, t = scores.scores(s, row, column, m, n, head, None, score, sources, C, ADDS)
-        return s if len(ADDS) > 0 else t, t
+    level = None
+    if len(of_keys) > 0:
+        level = of_keys[0]
+    s, t = scores.scores(s, row, column, m, n, head, level, score, sources, C, ADDS)
+    entries = table.entries(bias, m, n, head, score, s.shape[1], row.shape[0] == 1, C)
+    if len(entries) > 0:
+        s = s + entries[0]
+    return s if len(ADDS) + len(of_keys) + len(entries) > 0 else t, t
 
 
 @jit
 def weights(
-    st, lse, j, n, of_keys, of_all, bias, tile, head, place, mask, score, sources, to_log2,
+    st, lse, j, n, of_keys, bias, tile, head, place, mask, score, sources, to_log2,
     ROWS: gl.constexpr, SEEN: gl.constexpr, RUNS: gl.constexpr,
-    ADDS: gl.constexpr, C: gl.constexpr, POLYNOMIALS: gl.constexpr = 0,
+    ADDS: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """P^T from products [R, BM] of the keys j [R], from n on, and a tile of queries.
 
     `place` is (sizes, the tiles t1 .. t2 of queries that see all these keys, whether those must be
-    looked at as well, batch); the biases of keys [R, 1], what a table adds to all, and `bias` as in
-    `biases`; POLYNOMIALS as in `powers`.
+    looked at as well, batch); the biases of keys [R, 1] and `bias` as in `biases`.
 
     Returns:
         P^T [R, BM], and what dP^T is multiplied by: P^T times the derivative of scores by products.
@@ -67,18 +66,11 @@ def weights(
     less = gl.expand_dims(lse, 0)
     if not C.PLAIN:
         st, t = scored(
-            st, row, column, tile * C.BM, n, head, of_keys + of_all, bias, score, sources, C, ADDS
-        )  # fmt: skip
-    else:
-        if len(of_all) > 0:
-            st = st + of_all[0] * bias[4]
-        st = biases.with_entries(st, row, column, tile * C.BM, n, head, bias, score)
-        if len(of_keys) > 0:
-            less = less - of_keys[0] * LOG2E
-    if POLYNOMIALS > 0:
-        pt = powers(st, to_log2, less, POLYNOMIALS)
-    else:
-        pt = gl.exp2(st * to_log2 - less)
+            st, row, column, tile * C.BM, n, head, of_keys, bias, score, sources, C, ADDS
+        )
+    elif len(of_keys) > 0:
+        less = less - of_keys[0] * LOG2E
+    pt = gl.exp2(st * to_log2 - less)
     if always | (tile < t1) | (tile >= t2):
         lo, hi = ROWS(mask, batch, inside, n_queries, n_keys)
         seen = SEEN(
