@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from hopper_calls import DEVICE, TOGETHER, attend, own_kernels, spread
 from torch import Tensor
 
 from flashpatch_kernels import reference
@@ -364,3 +365,86 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     driver = SimpleNamespace(get_current_device=lambda: 3, get_current_stream=lambda _: 7)
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
     return driver
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# Of the Hopper engine on a card, for the tests that import `hopper_calls`.
+
+
+@pytest.fixture
+def hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):  # for no other are these kernels chosen
+        pytest.skip("not a Hopper card")
+
+
+@pytest.fixture
+def case(sample: Callable[..., Sample]) -> Callable[..., Sample]:
+    """A sample on the card, its tensors spread out; `mask` is a name or a record."""
+
+    def case(
+        mask: str | Mask = "causal",
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        kv_heads: int = 2,
+        n: int = 300,
+        m: int = 333,
+        d: int = 64,
+        **options: Any,
+    ) -> Sample:
+        scale = options.pop("scale", None)
+        name = mask if isinstance(mask, str) else "full"
+        one = sample(name, dtype=dtype, kv_heads=kv_heads, n=n, m=m, d=d, **options).on(DEVICE)
+        if name != mask:
+            one = replace(one, options=replace(one.options, mask=mask))
+        if scale is not None:
+            one = replace(one, options=replace(one.options, scale=scale))
+        return replace(one, **{x: spread(getattr(one, x)) for x in ("q", "k", "v", "dout")})
+
+    return case
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the engine's own kernels that ran, in order."""
+    from flashpatch_kernels.triton import launching, plans
+
+    names: list[str] = []
+    launch, make = launching.launch, plans.Launch.make
+
+    def note(kernel: Any) -> None:
+        if kernel in own_kernels():
+            names.append(kernel.__name__)
+
+    def spy_launch(kernel: Any, *arguments: Any) -> Any:
+        note(kernel)
+        return launch(kernel, *arguments)
+
+    def spy_make(one: plans.Launch, *tensors: Any) -> None:
+        note(one.compiled.src.fn)
+        make(one, *tensors)
+
+    monkeypatch.setattr(launching, "launch", spy_launch)
+    monkeypatch.setattr(plans.Launch, "make", spy_make)
+    plans.forget()  # of launches that nobody spies on
+    yield names
+    plans.forget()
+
+
+@pytest.fixture
+def compare(
+    check: Callable[..., None], launched: list[str], poisoned_memory: None
+) -> Callable[..., None]:
+    """Judges all that a call and its gradient give, and that these kernels gave it."""
+
+    def compare(one: Sample, kernels: Sequence[str] = TOGETHER) -> None:
+        launched.clear()
+        check(one, attend)
+        assert launched == list(kernels)
+
+    return compare

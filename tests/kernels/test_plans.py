@@ -419,13 +419,6 @@ def unwritten(monkeypatch):
     monkeypatch.setattr(memory, "empty", empty)
 
 
-@pytest.fixture
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def check_moved(again, anew, moved):
     """The same launches, but that memory of their own lies elsewhere, the same for all of them.
 
