@@ -145,7 +145,7 @@ def test_a_reason_prints_as_its_sentence():
         (CUDA._replace(bias=True, bias_one_row=True), "hopper"),
         (CUDA._replace(table=True), "hopper"),
         (CUDA._replace(table=True, table_grad=True, n_queries=1536), "triton"),
-        (CUDA._replace(table=True, table_grad=True, n_queries=4097), "hopper"),
+        (CUDA._replace(table=True, table_grad=True, n_queries=1537), "hopper"),
         (CUDA._replace(n_queries=1), "sdpa"),
         (CUDA._replace(n_queries=1, sinks=True), "triton"),
         (CUDA._replace(table=True, n_queries=1), "sdpa"),
