@@ -54,9 +54,10 @@ def test_a_bias_of_keys(case, compare, left_to_sum, mask, kv_heads, shape, d):
 
 
 @pytest.mark.parametrize("terms", [("table",), ("clamped table",)], ids=str)
-@pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("mask", ["full", "causal", "window", "causal keys", "intervals"])
-@pytest.mark.parametrize("d", LEARNT)
+@pytest.mark.parametrize(
+    ("d", "kv_heads"), [*[(d, kv_heads) for d in SIZES for kv_heads in (4, 2)], (192, 4)]
+)
 def test_a_table(case, compare, mask, kv_heads, terms, d):
     """Beyond its ends it is summed by the kernels of the keys' gradients, of each head."""
     summed = terms == ("table",) or kv_heads == 4
@@ -70,15 +71,23 @@ def test_what_is_learnt_beside_values_of_another_head_size(case, compare, mask, 
     compare(case(mask, terms=terms, n=500, m=600, kv_heads=4, d=192, dv=128), APART)
 
 
+ENDS = [
+    *[("full", *ends) for ends in [(2, 0), (40, -300), (40, 260)]],
+    *[(mask, *ends) for mask in ("causal", "causal keys") for ends in [(40, -300), (2, -77)]],
+    *[(Band(left=200, right=30), 20, first) for first in (-33, 0, 32, 64)],
+]
+# All that a query sees has one entry, whose gradient is what lse adds and else rounding: too much
+# of that for four numbers of wide heads.
+ONE_ENTRY = [("full", 1, 0), ("full", 1, 999), (Band(left=200, right=30), 20, -300)]
+
+
 @pytest.mark.parametrize(
-    ("mask", "entries", "first"),
+    ("mask", "entries", "first", "d"),
     [
-        *[("full", *ends) for ends in [(1, 0), (2, 0), (40, -300), (40, 260), (1, 999)]],
-        *[(mask, *ends) for mask in ("causal", "causal keys") for ends in [(40, -300), (2, -77)]],
-        *[(Band(left=200, right=30), 20, first) for first in (-300, -33, 0, 32, 64)],
+        *[(*ends, d) for ends in ENDS for d in LEARNT],
+        *[(*ends, d) for ends in ONE_ENTRY for d in (64, 128)],
     ],
 )
-@pytest.mark.parametrize("d", LEARNT)
 def test_the_ends_of_a_table_anywhere(case, compare, mask, entries, first, d):
     options = {"terms": ("clamped table",), "entries": entries, "first": first}
     compare(case(mask, n=500, m=500, kv_heads=4, d=d, **options), LEARNT[d])
