@@ -80,7 +80,9 @@ def backward(
         added = terms.terms_of(call, steps, both=False) if by_sums else terms.NO_TERMS
         shared = Shared(call, added, inputs, call.strides(*inputs), stats, steps)
         compute_stats(shared, out, lse.contiguous(), None if dlse is None else dlse.contiguous())
-        work = Work(shared, biases.added_of(call, steps, both=True), sums)
+        of_queries = "q" in grads and not in_one
+        added = biases.added_of(call, steps, of_queries=of_queries, of_keys="k" in grads)
+        work = Work(shared, added, sums)
         if in_one:
             launch_joint(work, grads, in_order=same)
         else:
@@ -91,7 +93,7 @@ def backward(
         if sums.bias is not None:
             grads["bias"] = biases.bias_gradient(shared, options.bias, sums.bias)
         if sums.ends is not None:
-            # What is near is summed for each distance, of which those beyond the ends are of them.
+            # Near its ends each distance is summed; those beyond belong to the entries there.
             grads["table"] = table_gradient(shared, options.table, sums.ends, crews.PART)
         grads |= term_gradients(shared, None, needs - grads.keys())
         found = {name: grads[name] for name in sorted(needs)}

@@ -186,7 +186,8 @@ class Added(NamedTuple):
     Attributes:
         composed: The terms that kernels are composed of: slopes.
         bias: That of keys, in float32, or None.
-        tables: Quads of a table for tiles [queries, keys] and for tiles [keys, queries], or None.
+        tables: Quads of a table for tiles [queries, keys] and for tiles [keys, queries]; None for
+            those that nobody reads.
         unit: What biases are multiplied by beside products; quads have it in them.
         numbers: As in `terms.Terms`, without vectors by distance.
     """
@@ -198,15 +199,18 @@ class Added(NamedTuple):
     numbers: tuple[int, ...]
 
 
-def added_of(call: setups.Setup, steps: Steps, *, both: bool) -> Added:
-    """What is added to the scores of a call, for tiles [queries, keys] or `both` kinds."""
+def added_of(call: setups.Setup, steps: Steps, *, of_queries: bool, of_keys: bool) -> Added:
+    """What is added to the scores of a call, for tiles [queries, keys], [keys, queries] or both."""
     o = call.options
     unit = 1 / o.scale if crews.plain(call) else 1.0
     slopes = [] if o.slopes is None else [terms.slopes_term(o.slopes)]
     strides, ends, row, tables, bias = [0, 0, 0], (0, 0), 0, (None, None), o.bias
     if o.table is not None:
-        tables = table.quads_of(steps, o.table, unit, both=both)
-        row, ends = tables[0].shape[1], (call.first, call.first + o.table.shape[1] - 1)
+        row, ends = table.row(o.table), (call.first, call.first + o.table.shape[1] - 1)
+        tables = tuple(
+            table.quads_of(steps, o.table, unit, reverse=reverse) if wanted else None
+            for reverse, wanted in ((False, of_queries), (True, of_keys))
+        )
     if bias is not None:
         if bias.dtype != torch.float32 or bias.stride(-1) != 1:
             bias = steps.copied(bias, torch.float32)

@@ -329,7 +329,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
         tile, fixed = crews.tuned(call, "forward")
         n_batch, n_heads, _, n_queries, n_keys = call.sizes
         n_tiles = setups.cdiv(n_queries, tile.BM)
-        added = biases.added_of(call, steps, both=False)
+        added = biases.added_of(call, steps, of_queries=True, of_keys=False)
         steps.launch(
             forward_kernel,
             crews.programs(call, "forward", n_tiles * n_batch * n_heads),

@@ -77,26 +77,23 @@ def begin(bias, m, n, head, score, COLUMNS: gl.constexpr, OF_KEYS: gl.constexpr,
         return ()
 
 
-def quads_of(steps: Steps, table: Tensor, unit: float, *, both: bool) -> tuple[Tensor, Tensor]:
-    """The quads of a table [H, T] in float32, times `unit`, and of the reversed table: [H, row, 4].
+def row(table: Tensor) -> int:
+    """How many quads a head of a table [H, T] has."""
+    return table.shape[1] + 2 * REACH.value
 
-    Args:
-        both: Whether those of the reversed table are wanted; if not, the others stand in for them.
-    """
+
+def quads_of(steps: Steps, table: Tensor, unit: float, *, reverse: bool) -> Tensor:
+    """The quads of a table [H, T] or of the reversed one, float32 and times `unit`: [H, row, 4]."""
     n_heads, entries = table.shape
-    row = entries + 2 * REACH.value
+    quads = steps.own(table.new_empty((n_heads, row(table), 4), dtype=torch.float32))
     tile = Tile(4, 256, 4, 1)
-    made = []
-    for reverse in (False, True) if both else (False,):
-        quads = steps.own(table.new_empty((n_heads, row, 4), dtype=torch.float32))
-        steps.launch(
-            quads_kernel,
-            n_heads * setups.cdiv(row, tile.BN),
-            tile,
-            *(table, quads, *table.stride(), entries, row, unit, reverse, tile.BN),
-        )
-        made.append(quads)
-    return made[0], made[-1]
+    steps.launch(
+        quads_kernel,
+        n_heads * setups.cdiv(row(table), tile.BN),
+        tile,
+        *(table, quads, *table.stride(), entries, row(table), unit, reverse, tile.BN),
+    )
+    return quads
 
 
 @kernel
