@@ -475,6 +475,16 @@ def test_alike_backward_passes_under_intervals_take_the_same_steps(launches, eng
     check_alike(launches, engine, backward(), backward(), given)
 
 
+@pytest.mark.parametrize(
+    ("d", "needs", "kernels"), [(64, "qkv", 1), (64, "q", 1), (64, "kv", 1), (256, "qkv", 2)]
+)
+def test_a_table_is_copied_once_for_tiles_of_each_orientation(launches, d, needs, kernels):
+    """After the statistics, by a launch for each kernel that reads the copy."""
+    one = backward(h_kv=4, d=d, dv=d)._replace(needs=frozenset(needs))
+    one.run(hopper, **table())
+    assert len(launches) == 1 + 2 * kernels
+
+
 # What is learnt of some of those terms.
 LEARNT = {
     "slopes": "slopes",
