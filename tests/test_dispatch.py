@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_calls import DV, B, H, M, N, tensors
 from torch import Tensor
 
 from flashpatch import dispatch
@@ -13,16 +14,9 @@ from flashpatch_kernels.engines import TILED, Call, Reason
 from flashpatch_kernels.masks import Band, Boolean, Intervals
 from flashpatch_kernels.options import Options, Relative
 
-B, H, N, D = 2, 4, 6, 8
-
-
-def tensors(n: int = N, dtype: torch.dtype = torch.float32, *, grad: bool = False) -> list[Tensor]:
-    """q, k and v."""
-    return [torch.randn(B, H, n, D, dtype=dtype, requires_grad=grad) for _ in range(3)]
-
 
 def intervals(n: int = N) -> Intervals:
-    return Intervals(torch.tensor([0, N], dtype=torch.int32).expand(B, n, 2).contiguous())
+    return Intervals(torch.tensor([0, M], dtype=torch.int32).expand(B, n, 2).contiguous())
 
 
 @pytest.fixture
@@ -38,7 +32,7 @@ def decided(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     return calls
 
 
-def run(options: Options, inputs: list[Tensor] | None = None) -> Any:
+def run(options: Options, inputs: tuple[Tensor, ...] | None = None) -> Any:
     return attend(*(inputs or tensors()), options, Settings(), lambda: None)
 
 
@@ -50,13 +44,13 @@ CALLS = {
     "offset": lambda: Options(mask=Band(right=0, offset=1)),
     "intervals": lambda: Options(mask=intervals()),
     "one interval": lambda: Options(mask=intervals(1)),
-    "boolean": lambda: Options(mask=Boolean(torch.ones(B, 1, N, N, dtype=torch.bool))),
+    "boolean": lambda: Options(mask=Boolean(torch.ones(B, 1, N, M, dtype=torch.bool))),
     "softcap": lambda: Options(softcap=2.0),
     "table": lambda: Options(table=torch.randn(H, 3), first=-1),
     "table with gradient": lambda: Options(table=torch.randn(H, 3, requires_grad=True), first=-1),
     "slopes": lambda: Options(slopes=torch.randn(H)),
-    "bias of keys": lambda: Options(bias=torch.randn(B, 1, 1, N)),
-    "bias of pairs": lambda: Options(bias=torch.randn(B, 1, N, N)),
+    "bias of keys": lambda: Options(bias=torch.randn(B, 1, 1, M)),
+    "bias of pairs": lambda: Options(bias=torch.randn(B, 1, N, M)),
     "sinks": lambda: Options(sinks=torch.randn(H)),
     "dropout": lambda: Options(dropout=0.5, seed=torch.tensor([1])),
 }
@@ -112,7 +106,7 @@ def test_a_reason_to_fall_back_is_told_each_time(monkeypatch):
 
 
 def test_calls_with_vectors_are_decided_each_time(decided):
-    options = Options(relative_values=Relative(torch.randn(H, 3, D), -1))
+    options = Options(relative_values=Relative(torch.randn(H, 3, DV), -1))
     for _ in range(2):
         run(options)
     assert len(decided) == 2

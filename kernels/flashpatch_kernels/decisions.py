@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from flashpatch_kernels import masks
 from flashpatch_kernels.engines import computing_dtype
-from flashpatch_kernels.masks import Band, Boolean
 from flashpatch_kernels.options import Options
 from flashpatch_kernels.recent import Recent
 
@@ -44,19 +44,12 @@ def recent_of_options(
 
     Nothing is noted where vectors by distance or a user's function take part.
     """
-    o, mask = options, options.mask
-    relative = o.relative_queries or o.relative_keys or o.relative_values
-    if not (relative is o.score is None):
+    o = options
+    if o.relative or o.score is not None:
         return None, []
-    band = bounds = runs = None
-    if isinstance(mask, Band):
-        band = mask.left, mask.right, mask.offset
-    elif isinstance(mask, Boolean):
-        bounds = mask.allowed
-    else:
-        bounds, runs = mask.bounds, mask.runs
-    tensors = (o.table, o.slopes, o.bias, o.sinks, bounds, runs)
-    plain = (*(band or (type(mask).__name__,)), o.softcap is None, o.dropout, lse)
+    band, of_mask = masks.parts(o.mask)
+    tensors = (o.table, o.slopes, o.bias, o.sinks, *of_mask)
+    plain = (*band, o.softcap is None, o.dropout, lse)
     return recent_of(q, tensors, plain), [q, k, v, *[x for x in tensors if x is not None]]
 
 

@@ -141,9 +141,7 @@ class Call(NamedTuple):
             table=options.table is not None,
             table_grad=options.table is not None and options.table.requires_grad,
             slopes=options.slopes is not None,
-            relative=bool(
-                options.relative_queries or options.relative_keys or options.relative_values
-            ),
+            relative=options.relative,
             score=options.score is not None,
             bias=bias is not None,
             bias_one_row=bias is not None and bias.shape[2] == 1,

@@ -49,6 +49,22 @@ class Boolean:
 
 Mask = Band | Intervals | Boolean
 
+_NO_LIMIT = None, None, 0
+
+
+def parts(
+    mask: Mask,
+) -> tuple[tuple[int | None, int | None, int], tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """What tells masks apart: left, right and offset; bounds, runs and what is allowed.
+
+    The numbers are those of a band without limits, and tensors None, where a mask has none.
+    """
+    if isinstance(mask, Band):
+        return (mask.left, mask.right, mask.offset), (None, None, None)
+    if isinstance(mask, Intervals):
+        return _NO_LIMIT, (mask.bounds, mask.runs, None)
+    return _NO_LIMIT, (None, None, mask.allowed)
+
 
 def band_bounds(band: Band, n_queries: int, n_keys: int, device: torch.device | str) -> Tensor:
     """The intervals of a band: int32 [1, N, 2]."""

@@ -138,6 +138,11 @@ class Options:
     seed: Tensor | None = None
 
     @property
+    def relative(self) -> bool:
+        """Whether vectors by distance take part."""
+        return not (self.relative_queries is self.relative_keys is self.relative_values is None)
+
+    @property
     def terms(self) -> dict[str, Tensor]:
         """The differentiable tensors that the call has, by the names of `TERMS`."""
         found = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flashpatch_kernels.masks import Band, Boolean, Intervals, Mask
+from flashpatch_kernels.masks import Band, Boolean, Intervals, Mask, parts
 from flashpatch_kernels.options import Options, Relative, Score
 
 OPTIONS = (
@@ -27,16 +27,11 @@ NAMES = [argument.split()[1] for argument in OPTIONS.split(", ")]
 
 def flat(options: Options) -> tuple[Any, ...]:
     """The record as arguments of the schema."""
-    mask = options.mask
-    band = mask if isinstance(mask, Band) else Band()
+    band, of_mask = parts(options.mask)
     score = options.score
     return (
-        band.left,
-        band.right,
-        band.offset,
-        mask.bounds if isinstance(mask, Intervals) else None,
-        mask.runs if isinstance(mask, Intervals) else None,
-        mask.allowed if isinstance(mask, Boolean) else None,
+        *band,
+        *of_mask,
         options.scale,
         options.softcap,
         options.table,

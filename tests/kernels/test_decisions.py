@@ -5,18 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_calls import B, H, M, N, tensors
 
 from flashpatch_kernels import attention, decisions, op
-
-B, H, N, M, D = 2, 4, 6, 8, 16
-
-
-def tensors(n=N, *, dtype=torch.float32, grad=False, seed=0):
-    """q, k and v."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (B, H, n, D), (B, H // 2, M, D), (B, H // 2, M, D)
-    made = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    return [x.requires_grad_(grad) for x in made]
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def start_scores(a, b, COLUMNS: gl.constexpr, of_keys, entries, C: gl.constexpr)
     """
     if len(entries) > 0:
         begin = entries[0]
-        if C.PLAIN and len(of_keys) > 0:
+        if len(of_keys) > 0:
             begin = begin + gl.expand_dims(of_keys[0], 0)
         return start_inner(a, b, COLUMNS, C, begin)
     elif C.PLAIN and len(of_keys) > 0:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashpatch_kernels.masks import Band, Boolean, Intervals
+from flashpatch_kernels import masks
 from flashpatch_kernels.options import Options
 from flashpatch_kernels.recent import Recent
 from flashpatch_kernels.triton import launching, memory, setups
@@ -166,18 +166,17 @@ def plan_of(
     Returns:
         The plan, the tensors as kernels can read them, and all that the plan's steps are given.
     """
-    o, mask = options, options.mask
+    o = options
+    band, (bounds, runs, allowed) = masks.parts(o.mask)
     others = (*others, o.sinks, o.table, o.slopes, o.bias, o.seed)
-    if isinstance(mask, Intervals):
-        others = (*others, mask.bounds, mask.runs)
-    relative = o.relative_queries or o.relative_keys or o.relative_values
-    if isinstance(mask, Boolean) or not (relative is o.score is None):
+    if bounds is not None:
+        others = (*others, bounds, runs)
+    if o.relative or not (allowed is o.score is None):
         tensors = tuple(map(setups.readable, tensors))
         return Plan(kept=False), tensors, (*tensors, *others)
-    band = (mask.left, mask.right, mask.offset) if isinstance(mask, Band) else None
     same = (
-        *(id(function), setups.precision(tensors[0].dtype)),
-        *(band, o.scale, o.softcap, o.first, o.offset, o.dropout, *alike),
+        *(id(function), setups.precision(tensors[0].dtype), *band),
+        *(o.scale, o.softcap, o.first, o.offset, o.dropout, *alike),
     )
     given = (*tensors, *others)
     there, addresses = [], 0
