@@ -20,7 +20,7 @@ from flashpatch_kernels import tuning
 from flashpatch_kernels.hopper import crews, ordering, scheduling
 from flashpatch_kernels.masks import Band, Intervals
 from flashpatch_kernels.options import Options
-from flashpatch_kernels.triton import setups
+from flashpatch_kernels.triton import setups, tile_masks
 
 BM, BN = 64, 128
 MULTIPROCESSORS = 132
@@ -38,6 +38,7 @@ class Call(NamedTuple):
     left: int | None  # and if not all of these, those from x - left on
     programs: int
     in_order: bool = False
+    staggered: bool = True
 
     @property
     def n_tiles(self):
@@ -47,8 +48,9 @@ class Call(NamedTuple):
     def constants(self):
         causal = self.reach is not None and self.left is None
         alone = self.group == 1
-        paced = causal and not (alone or self.in_order)
-        return SimpleNamespace(BM=BM, BN=BN, PAIRED=causal, ALONE=alone, PACED=paced)
+        paced = causal and self.staggered and not (alone or self.in_order)
+        kinds = {"PAIRED": causal, "ALONE": alone, "STAGGERED": self.staggered, "PACED": paced}
+        return SimpleNamespace(BM=BM, BN=BN, **kinds)
 
     def met(self, tile):
         """First of the tiles of queries that see a tile of keys, and how many steps they are."""
@@ -82,9 +84,12 @@ def in_python(programs, seat):
         program_id=lambda axis: seat,
     )
     names = {"gl": gl}
-    of_scheduling = "share", "rounds_of_pairs", "to_and_fro", "turns", "place", "dealt", "in_row"
+    names["tile_masks"] = SimpleNamespace(
+        edge_tile=FunctionType(tile_masks.edge_tile.fn.__code__, {"tl": gl})
+    )
+    of_programs = "share", "rounds_of_pairs", "to_and_fro", "turns", "place", "dealt", "in_row"
     for module, name in (
-        *((scheduling, name) for name in (*of_scheduling, "course", "step_place")),
+        *((scheduling, name) for name in (*of_programs, "edges_first", "course", "step_place")),
         *((ordering, name) for name in ("rank", "between")),
     ):
         function = getattr(module, name).fn
@@ -103,7 +108,7 @@ def steps_of(call, seat):
         n = max(met, 1)
         begin = device.course(tile, call.n_tiles, first, n, call.group, C)
         for y in range(n * call.group):
-            head, x = device.step_place(y, begin, g * call.group, n, C)
+            head, x = device.step_place(y, begin, turn, g * call.group, n, call.group, C)
             assert 0 <= x < n
             i = first + x if met else call.n_queries
             steps.append(Step(tile, turn, bh, (b, head), i))
@@ -123,6 +128,7 @@ def calls(draw):
         draw(st.sampled_from([1, 2, 3, 4])),
         *(n_queries, n_keys, reached, left),
         draw(st.sampled_from([1, 5, 13, MULTIPROCESSORS])),
+        staggered=draw(st.booleans()),
     )
 
 
@@ -186,7 +192,7 @@ def time_of(programs, lag, jitter=0.0):
 
 @given(calls().filter(have_order))
 def test_programs_add_to_a_tile_one_after_another_and_all_come_to_their_end(call):
-    programs = ranks(call._replace(in_order=True))
+    programs = ranks(call._replace(in_order=True, staggered=True))
     seen: dict = {}
     for steps in programs:
         for tile, rank in steps:
@@ -227,6 +233,39 @@ def test_causal_programs_of_one_head_never_meet(n_keys):
     assert len({len(steps) for steps in programs}) == 1
     for at in zip(*programs, strict=True):
         assert len({step.i for step in at}) == call.programs
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("n_keys", [2048, 8192])
+def test_causal_programs_that_are_not_staggered_read_the_same(n_keys, group):
+    """At any time one tile of queries those with their first tile of a pair, one the others."""
+    seats = n_keys // BN // 2
+    call = Call(1, 1, group, n_keys, n_keys, 0, None, seats, staggered=False)
+    programs = [steps_of(call, seat)[0] for seat in range(seats)]
+    assert len({len(steps) for steps in programs}) == 1
+    for at in zip(*programs, strict=True):
+        assert len({(step.head, step.i, step.turn) for step in at}) <= 2
+
+
+@pytest.mark.parametrize("n_tiles", [16, 64])
+def test_causal_programs_read_the_same_tiles_of_keys(n_tiles):
+    """Forward, but for the last that each tile of queries sees, which comes first."""
+    C = SimpleNamespace(PAIRED=True)
+    programs = []
+    for own in tiles_of(n_tiles // 2, n_tiles, 1, 1, dealt=False):
+        device = in_python(n_tiles // 2, 0)
+        read = [
+            (turn, device.edges_first(x, turn, 0, 0, tile, tile + 1, C), x == 0)
+            for turn, (tile, *_) in enumerate(own)
+            for x in range(tile + 1)
+        ]
+        for turn, (tile, *_) in enumerate(own):
+            assert sorted(at for t, at, _ in read if t == turn) == list(range(tile + 1))
+            assert [at for t, at, first in read if t == turn and first] == [tile]
+        programs.append(read)
+    assert len({len(read) for read in programs}) == 1
+    for at in zip(*programs, strict=True):
+        assert len({(turn, tile) for turn, tile, first in at if not first}) <= 2
 
 
 def tiles_of(programs, n_tiles, batch, heads, *, dealt):
@@ -271,6 +310,19 @@ def idle(n, heads, *, dealt):
 def test_tiles_that_are_dealt_out_leave_few_programs_without_work(n, heads):
     assert idle(n, heads, dealt=True) < 0.02
     assert idle(n, heads, dealt=True) < idle(n, heads, dealt=False) / 2
+
+
+def test_steps_are_staggered_where_additions_to_dq_would_meet():
+    def staggered(size, name="dqdkdv", **more):
+        q = torch.empty(1, 2, 999, size, dtype=torch.float16, device="meta")
+        call = setups.Setup.of(q, q, q, (), Options(Band(), scale=1.0))
+        return crews.tuned(call, name, **more)[1].STAGGERED
+
+    assert staggered(64)
+    assert staggered(128, in_order=True)
+    assert not staggered(128)
+    assert not staggered(256, "dkdv")
+    assert not staggered(64, "dkdv")
 
 
 def test_tiles_are_dealt_out_in_long_causal_forwards_of_small_heads():

@@ -29,7 +29,7 @@ class Constants(NamedTuple):
     queries of a tile, BN the keys of a program, R those of a part. Of CONSUMERS warpgroups each
     thread has REGISTERS; they issue products IN_TURN or as they come; SLOTS tiles of keys and of
     values, and Q_SLOTS of queries, are in flight; PAIRED and DEALT as in `scheduling`, ALONE where
-    every head has its own keys, PACED as in `scheduling.course`. The rest is as in
+    every head has its own keys, STAGGERED and PACED as in `scheduling.course`. The rest is as in
     `setups.Constants`.
     """
 
@@ -49,6 +49,7 @@ class Constants(NamedTuple):
     Q_SLOTS: int
     PAIRED: bool
     ALONE: bool
+    STAGGERED: bool
     PACED: bool
     DEALT: bool
     PLAIN: bool
@@ -65,8 +66,10 @@ def tuned(
     """The tile of a pass, and what it is compiled for."""
     of_keys, pairs = name not in OF_QUERIES, paired(call.options.mask, name)
     alone = of_keys and call.sizes[2] == 1
-    paced = of_keys and pairs and not (alone or in_order)
-    shares = pairs, alone, paced, dealt(call, name)
+    # Additions to the dQ of one tile at a time take longer than the products of heads of 64.
+    staggered = name == "dqdkdv" and (in_order or max(call.head_sizes) <= 64)
+    paced = staggered and pairs and not (alone or in_order)
+    shares = pairs, alone, staggered, paced, dealt(call, name)
     return constants(name, call.head_sizes, shares, plain(call), *call.kinds[2:4], call.own)
 
 

@@ -57,7 +57,7 @@ LN2 = gl.constexpr(0.6931471805599453)
 @jit
 def produce(given, KEYS: gl.constexpr, RUNS: gl.constexpr, C: gl.constexpr):
     """Reads, for every tile of this program, its queries and the keys and values they meet."""
-    (Q, K, V, q_strides, k_strides, v_strides, sizes, mask, bias, n_tiles,
+    (Q, K, V, q_strides, k_strides, v_strides, sizes, mask, score, bias, n_tiles,
      queries, keys, values, beside_keys) = given  # fmt: skip
     n_batch, n_heads, group, n_queries, n_keys = sizes
     q = matrix(Q, q_strides, n_batch, n_heads, n_queries, C.SIZE, C.R, C.D)
@@ -73,15 +73,17 @@ def produce(given, KEYS: gl.constexpr, RUNS: gl.constexpr, C: gl.constexpr):
         t0, t1, t2, t3 = KEYS(mask, batch, head, start, n_queries, n_keys, C.BM, C.BN, RUNS)
         n = gl.maximum(t3 - t0, 1)
         kv_head = head // group
-        key = edges_first(0, t0, t1, t2, t3) * C.BN
+        key = edges_first(0, turn, t0, t1, t2, t3, C) * C.BN
         # Biases are read before a slot is free, because it takes its time.
         first_bias = biases.of_columns(bias, batch, head, key, n_keys, C)
+        table.ask(bias, start, key, head, score, False, C)
         put(keys, done, k, batch, kv_head, key, C.SLOTS)
         biases.put(keys, beside_keys, done, first_bias, C)
         for x in range(1, n):
             before = key
-            key = edges_first(x, t0, t1, t2, t3) * C.BN
+            key = edges_first(x, turn, t0, t1, t2, t3, C) * C.BN
             its_bias = biases.of_columns(bias, batch, head, key, n_keys, C)
+            table.ask(bias, start, key, head, score, False, C)
             put_both(keys, values, done + x, k, v, batch, kv_head, key, before, C.SLOTS)
             biases.put(keys, beside_keys, done + x, its_bias, C)
         put(values, done + n, v, batch, kv_head, key, C.SLOTS)
@@ -146,7 +148,7 @@ def consume(
         m, l = softmax.start(sinks, head, C.R, gl.SliceLayout(1, S))
         acc = gl.full([C.R, C.DV], 0.0, gl.float32, A)
 
-        key = edges_first(0, t0, t1, t2, t3) * C.BN
+        key = edges_first(0, turn, t0, t1, t2, t3, C) * C.BN
         entries = table.begin(bias, own_start, key, head, of_row, C.BN, False, C)
         number = turn * CONSUMERS + consumer
         own = take(queries, number, C.Q_SLOTS)
@@ -163,7 +165,7 @@ def consume(
             leave(queries, number - CONSUMERS, C.Q_SLOTS)
         s = warpgroup_mma_wait(0, deps=(started,))
         leave(keys, done, C.SLOTS)
-        first = edges_first(0, t0, t1, t2, t3)
+        first = edges_first(0, turn, t0, t1, t2, t3, C)
         s = scored(
             s, inside, own_start, of_keys, bias, lo, hi, first, batch, head, sizes, mask,
             of_row, sources, SEEN, RUNS, ADDS, C, True,
@@ -173,15 +175,15 @@ def consume(
         for x in range(1, edges):
             m, l, acc, p = consume_step(
                 m, l, acc, p, q, keys, values, beside_keys, bias, done + x,
-                edges_first(x, t0, t1, t2, t3), inside, own_start, lo, hi, batch, head, sizes,
-                mask, of_row, sources, to_log2, consumer,
+                edges_first(x, turn, t0, t1, t2, t3, C), inside, own_start, lo, hi, batch, head,
+                sizes, mask, of_row, sources, to_log2, consumer,
                 SEEN, RUNS, ADDS, C, True,
             )  # fmt: skip
         for x in range(gl.maximum(edges, 1), n):
             m, l, acc, p = consume_step(
                 m, l, acc, p, q, keys, values, beside_keys, bias, done + x,
-                edges_first(x, t0, t1, t2, t3), inside, own_start, lo, hi, batch, head, sizes,
-                mask, of_row, sources, to_log2, consumer,
+                edges_first(x, turn, t0, t1, t2, t3, C), inside, own_start, lo, hi, batch, head,
+                sizes, mask, of_row, sources, to_log2, consumer,
                 SEEN, RUNS, ADDS, C, False,
             )  # fmt: skip
         v = take(values, done + n, C.SLOTS)
@@ -283,7 +285,7 @@ def forward_kernel(
     v_strides = (v_batch, v_head, v_row)
     o_strides = (o_batch, o_head, o_row)
     biased = (bias, bias_batch, bias_head, table, unit)
-    given = (Q, K, V, q_strides, k_strides, v_strides, sizes, mask, biased, n_tiles,
+    given = (Q, K, V, q_strides, k_strides, v_strides, sizes, mask, score, biased, n_tiles,
              queries, keys, values, beside_keys)  # fmt: skip
     kept = (O, LSE, o_strides, sizes, mask, score, biased, pointers, sinks, to_log2, n_tiles,
             queries, keys, values, beside_keys)  # fmt: skip

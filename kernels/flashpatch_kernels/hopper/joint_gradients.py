@@ -16,8 +16,9 @@ two things: one reads, one adds, one counts what is added.
 What bounds it is shared memory, which products read. Heads of 64 leave room in registers for what
 is the same for all tiles of queries: keys and values (see `roomy`).
 
-Programs of one head run at the same time. Each begins with another tile of queries, because the
-memory that they add dQ to would else be the same for all of them (`scheduling.course`).
+Programs of one head run at the same time, and read the same tiles at the same time where heads are
+wide. Others, which would wait for each other's additions to dQ, begin with another tile of queries
+each, as they do where additions have an order (`scheduling.step_place`).
 
 Letters: B batch, H query heads, N queries, M keys, D head size.
 
@@ -102,7 +103,7 @@ def registers_left(C):
 def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
     """Reads what consumers need for every tile of keys of this program."""
     (Q, K, V, DO, STATS, q_strides, k_strides, v_strides, do_strides, sizes, mask,
-     n_tiles, queries, douts, keys, values, lse, minus_delta) = given  # fmt: skip
+     score, bias, n_tiles, queries, douts, keys, values, lse, minus_delta) = given  # fmt: skip
     n_batch, n_heads, group, n_queries, n_keys = sizes
     kv_heads = n_heads // group
     CONSUMERS: gl.constexpr = C.CONSUMERS
@@ -122,17 +123,18 @@ def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
         n = gl.maximum(t3 - t0, 1)
         steps = n * group
         begin = course(tile, n_tiles, t0, n, group, C)
-        head, x = step_place(0, begin, g * group, n, C)
+        head, x = step_place(0, begin, turn, g * group, n, group, C)
         row = (t0 + x) * C.BM
         # Read before they are needed, because it takes its time.
         its_lse, its_delta = read_stats(STATS, batch * n_heads + head, row, n_rows, n_queries, C)
         for y in range(steps):
+            table.ask(bias, row, start, head, score, True, C)
             put(queries, done + y, q, batch, head, row, C.SLOTS)
             put_numbers(queries, lse, done + y, its_lse, C.SLOTS)
             put(douts, done + y, do, batch, head, row, C.SLOTS)
             put_numbers(douts, minus_delta, done + y, -its_delta, C.SLOTS)
             after = gl.minimum(y + 1, steps - 1)
-            head, x = step_place(after, begin, g * group, n, C)
+            head, x = step_place(after, begin, turn, g * group, n, group, C)
             row = (t0 + x) * C.BM
             its_lse, its_delta = read_stats(
                 STATS, batch * n_heads + head, row, n_rows, n_queries, C
@@ -231,7 +233,7 @@ def add(given, QUERIES: gl.constexpr, C: gl.constexpr):
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
         tile, bh, batch, g, t0, n, begin, counted = addends(turn, sizes, mask, n_tiles, QUERIES, C)
         for y in range(n * group):
-            head, x = step_place(y, begin, g * group, n, C)
+            head, x = step_place(y, begin, turn, g * group, n, group, C)
             i, number = counted + x, done + y
             if len(counts) > 0:
                 before = rank(i, turn, tile, bh, n_tiles, n_queries, mask, C)
@@ -257,7 +259,7 @@ def count(given, QUERIES: gl.constexpr, C: gl.constexpr):
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
         _, _, batch, g, _, n, begin, counted = addends(turn, sizes, mask, n_tiles, QUERIES, C)
         for y in range(n * group):
-            head, x = step_place(y, begin, g * group, n, C)
+            head, x = step_place(y, begin, turn, g * group, n, group, C)
             at = count_of(counts[0], batch * n_heads + head, counted + x, n_queries, C)
             take(added, done + y, 1)
             leave(added, done + y, 1)
@@ -373,7 +375,7 @@ def consume(
         where = (sizes, t1, t2, always, batch)
         begin = course(tile, n_tiles, t0, met, group, C)
         for y in range(n):
-            head, x = step_place(y, begin, g * group, met, C)
+            head, x = step_place(y, begin, turn, g * group, met, group, C)
             dk, dv, sums = consume_step(
                 dk, dv, sums, near, kept, rings, done + y, t0 + x, head, (j, row, bias), where,
                 mask, of_row, sources, to_log2, consumer, ROWS, SEEN, RUNS, ADDS, C,
@@ -442,11 +444,12 @@ def joint_kernel(
     dk_strides = (dk_batch, dk_head, dk_row)
     dv_strides = (dv_batch, dv_head, dv_row)
     dq_strides = (dq_batch, dq_head, dq_row)
-    given = (Q, K, V, DO, STATS, q_strides, k_strides, v_strides, do_strides, sizes,
-             mask, n_tiles, queries, douts, keys, values, lse, minus_delta)  # fmt: skip
+    biased = (bias, bias_batch, bias_head, table, unit)
+    given = (Q, K, V, DO, STATS, q_strides, k_strides, v_strides, do_strides, sizes, mask,
+             score, biased, n_tiles, queries, douts, keys, values, lse, minus_delta)  # fmt: skip
     kept = (DK, DV, DBIAS, ENDS, (near_first, near_end, near_rows), dk_strides, dv_strides, sizes,
-            mask, score, (bias, bias_batch, bias_head, table, unit), pointers, scale, to_log2,
-            n_tiles, queries, douts, keys, values, dss, keys_read, lse, minus_delta)  # fmt: skip
+            mask, score, biased, pointers, scale, to_log2, n_tiles,
+            queries, douts, keys, values, dss, keys_read, lse, minus_delta)  # fmt: skip
     collected = (sizes, mask, n_tiles, keys, dss, sums, keys_read)
     summed = (DQ, dq_strides, sizes, mask, n_tiles, sums, added, counts)
     counted = (sizes, mask, n_tiles, added, counts)

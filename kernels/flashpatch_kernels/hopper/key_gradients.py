@@ -33,7 +33,7 @@ from flashpatch_kernels.triton import scores
 def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
     """Reads what the others need for every tile of keys of this program."""
     (Q, K, V, DO, STATS, q_strides, k_strides, v_strides, do_strides, sizes, mask,
-     n_tiles, queries, douts, keys, values, lse, minus_delta) = given  # fmt: skip
+     score, bias, n_tiles, queries, douts, keys, values, lse, minus_delta) = given  # fmt: skip
     n_batch, n_heads, group, n_queries, n_keys = sizes
     kv_heads = n_heads // group
     q = matrix(Q, q_strides, n_batch, n_heads, n_queries, C.SIZE, C.BM, C.D)
@@ -49,8 +49,9 @@ def produce(given, QUERIES: gl.constexpr, C: gl.constexpr):
         n = gl.maximum(t3 - t0, 1)
         put(keys, turn, k, batch, g, start, 1)
         for y in range(n * group):
-            head, x = step_place(y, 0, g * group, n, C)
+            head, x = step_place(y, 0, turn, g * group, n, group, C)
             row = (t0 + x) * C.BM
+            table.ask(bias, row, start, head, score, True, C)
             # Read before their slots are free, because either takes its time.
             its_lse, its_delta = read_stats(
                 STATS, batch * n_heads + head, row, n_rows, n_queries, C
@@ -136,11 +137,11 @@ def weigh(
         met = gl.maximum(t3 - t0, 1)
         for y in range(met * group):
             x = done + y
+            head, i = step_place(y, 0, turn, g * group, met, group, C)
             q = take(queries, x, C.SLOTS)
             for b in gl.static_range(BLOCKS):
-                head = g * group + y // met
                 n = start + b * C.R
-                m = (t0 + y % met) * C.BM
+                m = (t0 + i) * C.BM
                 entries = table.begin(bias, m, n, head, of_row, C.BM, True, C)
                 k = chunks(block(keys, b, x, C), C)
                 started = biases.start_scores(k, chunks(q, C), C.BM, (), entries, C)
@@ -150,7 +151,7 @@ def weigh(
                     leave(queries, x, C.SLOTS)
                 of_keys = biases.of_rows(bias, batch, head, n, n_keys, S, C)
                 pt, factor = weights(
-                    st, less, within + b * C.R, n, of_keys, bias, t0 + y % met, head,
+                    st, less, within + b * C.R, n, of_keys, bias, t0 + i, head,
                     where, mask, of_row, sources, to_log2, ROWS, SEEN, RUNS, ADDS, C,
                 )  # fmt: skip
                 give(ps, x * BLOCKS + b, factor.to(dtype), 2 * BLOCKS)
@@ -189,7 +190,7 @@ def differentiate(given, QUERIES: gl.constexpr, C: gl.constexpr):
         met = gl.maximum(t3 - t0, 1)
         for y in range(met * group):
             x = done + y
-            _, i = step_place(y, 0, g * group, met, C)
+            _, i = step_place(y, 0, turn, g * group, met, group, C)
             m = (t0 + i) * C.BM
             do = take(douts, x, C.SLOTS)
             for b in gl.static_range(BLOCKS):
@@ -259,9 +260,9 @@ def key_kernel(
     do_strides = (do_batch, do_head, do_row)
     dk_strides = (dk_batch, dk_head, dk_row)
     dv_strides = (dv_batch, dv_head, dv_row)
-    given = (Q, K, V, DO, STATS, q_strides, k_strides, v_strides, do_strides, sizes,
-             mask, n_tiles, queries, douts, keys, values, lse, minus_delta)  # fmt: skip
     biased = (bias, bias_batch, bias_head, table, unit)
+    given = (Q, K, V, DO, STATS, q_strides, k_strides, v_strides, do_strides, sizes, mask,
+             score, biased, n_tiles, queries, douts, keys, values, lse, minus_delta)  # fmt: skip
     of_weights = (DV, dv_strides, sizes, mask, score, biased, pointers, to_log2, n_tiles,
                   queries, douts, keys, values, lse, ps)  # fmt: skip
     of_keys = (DK, DBIAS, ENDS, (near_first, near_end, near_rows), dk_strides, sizes, mask, scale,

@@ -36,7 +36,7 @@ def value_slots(C):
 @jit
 def produce(given, KEYS: gl.constexpr, RUNS: gl.constexpr, C: gl.constexpr):
     """Reads, for every tile of this program, its queries and the keys and values they meet."""
-    (Q, K, V, DO, q_strides, k_strides, v_strides, do_strides, sizes, mask, bias, n_tiles,
+    (Q, K, V, DO, q_strides, k_strides, v_strides, do_strides, sizes, mask, score, bias, n_tiles,
      queries, douts, keys, values, beside_keys) = given  # fmt: skip
     n_batch, n_heads, group, n_queries, n_keys = sizes
     q = matrix(Q, q_strides, n_batch, n_heads, n_queries, C.SIZE, C.R, C.D)
@@ -51,11 +51,12 @@ def produce(given, KEYS: gl.constexpr, RUNS: gl.constexpr, C: gl.constexpr):
         t0, t1, t2, t3 = KEYS(mask, batch, head, start, n_queries, n_keys, C.BM, C.BN, RUNS)
         n = gl.maximum(t3 - t0, 1)
         for x in range(n):
-            key = edges_first(x, t0, t1, t2, t3) * C.BN
+            key = edges_first(x, turn, t0, t1, t2, t3, C) * C.BN
             if x == 0:
                 for c in gl.static_range(CONSUMERS):
                     put(queries, turn * CONSUMERS + c, q, batch, head, start + c * C.R, CONSUMERS)
             its_bias = biases.of_columns(bias, batch, head, key, n_keys, C)
+            table.ask(bias, start, key, head, score, False, C)
             put(keys, done + x, k, batch, head // group, key, C.SLOTS)
             biases.put(keys, beside_keys, done + x, its_bias, C)
             if x == 0:
@@ -108,7 +109,7 @@ def consume(
             q = queries[0].index(mine).reshape([C.R, C.D])
             do = douts[0].index(mine).reshape([C.R, C.DV])
             k = take(keys, done + x, C.SLOTS)
-            key = edges_first(x, t0, t1, t2, t3) * C.BN
+            key = edges_first(x, turn, t0, t1, t2, t3, C) * C.BN
             entries = table.begin(bias, own_start, key, head, of_row, C.BN, False, C)
             of_keys = biases.taken(beside_keys, done + x, S, C)
             s_started = biases.start_scores(chunks(q, C), chunks(k, C), C.BN, of_keys, entries, C)
@@ -180,8 +181,8 @@ def query_kernel(
     do_strides = (do_batch, do_head, do_row)
     dq_strides = (dq_batch, dq_head, dq_row)
     biased = (bias, bias_batch, bias_head, table, unit)
-    given = (Q, K, V, DO, q_strides, k_strides, v_strides, do_strides, sizes, mask, biased, n_tiles,
-             queries, douts, keys, values, beside_keys)  # fmt: skip
+    given = (Q, K, V, DO, q_strides, k_strides, v_strides, do_strides, sizes, mask, score, biased,
+             n_tiles, queries, douts, keys, values, beside_keys)  # fmt: skip
     kept = (DQ, STATS, dq_strides, sizes, mask, score, biased, pointers, scale, to_log2, n_tiles,
             queries, douts, keys, values, beside_keys)  # fmt: skip
     gl.warp_specialize(

@@ -4,6 +4,8 @@ As many programs as the card runs at a time share all tiles of all heads. Neighb
 of one head at the same time, because what they read then is read once for several of them. Where
 later tiles have more work, as under a causal mask, a program takes tiles in pairs, the first with
 the last, the second with the last but one: all pairs have the same work, and neighbours keep step.
+In step means that they read the same at the same time, from a cache, as if it were read once: they
+begin the first tiles of pairs together, and end the second ones together.
 
 Pairs are large, and the last round of them leaves programs without work. Where heads have many
 tiles, the last full rounds and what is left beyond are DEALT out tile by tile instead, the largest
@@ -120,24 +122,34 @@ def in_row(x, n_tiles, n_heads, whole):
 
 
 @jit
-def edges_first(x, t0, t1, t2, t3):
-    """The x-th of the tiles t0 .. t3, those first that are seen in part: all but t1 .. t2."""
+def edges_first(x, turn, t0, t1, t2, t3, C: gl.constexpr):
+    """The x-th of the tiles t0 .. t3, those first that are seen in part: all but t1 .. t2.
+
+    Of pairs the second tiles end together: they take those that are wholly seen from the last on.
+    """
     edges = t1 - t0 + t3 - t2
-    return gl.where(x < edges, tile_masks.edge_tile(x, t0, t1, t2), t1 + x - edges)
+    whole = t1 + x - edges
+    if C.PAIRED:
+        # A product instead of a choice between two tiles takes fewer registers.
+        back = turn % 2
+        whole = gl.where(back == 1, t2 + edges - 1, t1 - edges) + (1 - 2 * back) * x
+    return gl.where(x < edges, tile_masks.edge_tile(x, t0, t1, t2), whole)
 
 
 @jit
 def course(tile, n_tiles, t0, n, group, C: gl.constexpr):
     """Where among n tiles of queries from t0 on a tile of keys begins its steps, see `step_place`.
 
-    Two tiles of queries further than for the tile of keys before, as far as its keys are; where
-    tiles come in pairs, at those which the later of them have as well. So programs that keep step
-    come to a tile of queries two steps after each other. Those of a group of heads then come ever
-    later to each next head, when what others read has left the L2: PACED, they begin so that they
-    come to the middle head's at about the same time.
+    STAGGERED, two tiles of queries further than for the tile of keys before, as far as its keys
+    are; where tiles come in pairs, at those which the later of them have as well. So programs that
+    keep step come to a tile of queries two steps after each other. Those of a group of heads then
+    come ever later to each next head, when what others read has left the L2: PACED, they begin so
+    that they come to the middle head's at about the same time.
     """
     half = n_tiles // 2
-    if not C.PAIRED:
+    if not C.STAGGERED:
+        return 0 * tile
+    elif not C.PAIRED:
         return (gl.maximum(2 * tile, t0) - t0) % n
     elif C.PACED:
         pace = (group - 1) | 1  # an odd number, so that no two come to a tile in the same step
@@ -148,15 +160,26 @@ def course(tile, n_tiles, t0, n, group, C: gl.constexpr):
 
 
 @jit
-def step_place(y, begin, first_head, n, C: gl.constexpr):
-    """Head of the y-th step, and which of the n tiles of queries of each it is for.
+def step_place(y, begin, turn, first_head, n, group, C: gl.constexpr):
+    """Head of the y-th step of a turn, and which of the n tiles of queries of each it is for.
 
-    They go on to the last, and what is before they take from the first, or in pairs backwards.
+    STAGGERED steps go on from `begin` to the last, and what is before they take from the first, or
+    in pairs backwards. The others begin with the first; but under masks that have pairs all tiles
+    of keys see queries up to the last, the first of each pair begin together and the second end
+    together, so those go backwards. Heads of a group then take turns, so that programs with more
+    tiles of queries do not fall behind.
     """
-    x = y if C.ALONE else y % n
-    head = first_head if C.ALONE else first_head + y // n
-    rest = n - 1 - x if C.PAIRED and not C.PACED else x - (n - begin)
-    return head, gl.where(x < n - begin, begin + x, rest)
+    if C.STAGGERED:
+        x = y if C.ALONE else y % n
+        head = first_head if C.ALONE else first_head + y // n
+        rest = n - 1 - x if C.PAIRED and not C.PACED else x - (n - begin)
+        return head, gl.where(x < n - begin, begin + x, rest)
+    elif C.PAIRED:
+        x = y // group
+        head = first_head if C.ALONE else first_head + y % group
+        return head, gl.where(turn % 2 == 0, n - 1 - x, x)
+    else:
+        return first_head if C.ALONE else first_head + y // n, y % n
 
 
 @constexpr_function

@@ -25,6 +25,9 @@ from flashpatch_kernels.tuning import Tile
 # How far quads reach beyond the ends: the most rows and columns that a tile has together.
 REACH = tl.constexpr(256)
 
+# Of more distances `ask` asks.
+MANY = tl.constexpr(512)
+
 
 @constexpr_function
 def loads(quads):
@@ -66,6 +69,29 @@ def entries(bias, m, n, head, score, COLUMNS: gl.constexpr, OF_KEYS: gl.constexp
         return (x,)
     else:
         return ()
+
+
+@jit
+def ask(bias, m, n, head, score, OF_KEYS: gl.constexpr, C: gl.constexpr):
+    """Has the L1 read what consumers will load for a tile, if a table has so many distances.
+
+    Fewer stay there by themselves. The tile [BM, BN], or [BN, BM] of keys, is as in `entries`.
+    """
+    if bias[3] is not None:
+        SECTOR: gl.constexpr = 32
+        SECTORS: gl.constexpr = REACH * 16 // SECTOR
+        gl.static_assert(C.BM + C.BN <= REACH)
+        if score[13] - score[12] > MANY:
+            start = m - n + score[13] - C.BN if OF_KEYS else n - m - score[12] - C.BM
+            sectors = gl.arange(0, SECTORS, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+            at = (start + 1 + REACH) * 4 + sectors * (SECTOR // 4)
+            # What is far beyond the ends is not told apart from what is at them.
+            at = gl.minimum(gl.maximum(at, 0), (score[11] - 1) * 4)
+            at = bias[3] + (head.to(gl.int64) * score[11] * 4 + at)
+            text: gl.constexpr = "prefetch.global.L1 [$1]; mov.u32 $0, 0;"
+            gl.inline_asm_elementwise(
+                text, "=r,l", [at.to(gl.uint64)], dtype=gl.int32, is_pure=False, pack=1
+            )
 
 
 @jit
