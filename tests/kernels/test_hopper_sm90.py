@@ -81,14 +81,14 @@ CALLS = [
 # Local memory that is accepted, in bytes a thread, as the Triton of constraints.txt compiles them.
 # With slopes too the joint kernel is a quarter faster than the portable ones.
 LOCAL_BYTES = {
-    ("forward_kernel", 128, "causal"): 8,
+    ("forward_kernel", 128, "causal"): 16,
     ("forward_kernel", 128, "runs"): 48,
     ("forward_kernel", 128, "band", "softcap"): 8,
     ("forward_kernel", 192, "causal"): 8,
     ("forward_kernel", 256, "causal"): 40,
     ("forward_kernel", 256, "runs", "softcap"): 64,
     ("forward_kernel", 128, "runs", "slopes"): 48,
-    ("forward_kernel", 256, "causal", "slopes"): 80,
+    ("forward_kernel", 256, "causal", "slopes"): 40,
     ("forward_kernel", 128, "runs", "key bias"): 16,
     ("forward_kernel", 128, "causal", "clamped table"): 56,
     ("forward_kernel", 256, "band", "clamped table"): 96,
@@ -112,7 +112,7 @@ LOCAL_BYTES = {
     ("joint_kernel", 128, "band", "deterministic"): 32,
     ("joint_kernel", 128, "causal", "deterministic"): 40,
     ("query_kernel", 256, "band"): 32,
-    ("query_kernel", 256, "causal"): 32,
+    ("query_kernel", 256, "causal"): 40,
     ("query_kernel", 256, "runs"): 48,
     ("query_kernel", 256, "causal", "key bias"): 48,
     ("query_kernel", 256, "runs", "softcap"): 48,
@@ -121,7 +121,6 @@ LOCAL_BYTES = {
 # Of it, the loads and stores within the loops over tiles, of all warpgroups together.
 HOT_SPILLS = {
     ("forward_kernel", 128, "runs"): 2,
-    ("forward_kernel", 256, "causal", "slopes"): 1,
     # Numbers that are the same for all threads, of both consumers in two loops each.
     ("forward_kernel", 256, "band", "clamped table"): 14,
     ("joint_kernel", 64, "band", "clamped table"): 12,

@@ -250,7 +250,7 @@ def test_causal_programs_that_are_not_staggered_read_the_same(n_keys, group):
 @pytest.mark.parametrize("n_tiles", [16, 64])
 def test_causal_programs_read_the_same_tiles_of_keys(n_tiles):
     """Forward, but for the last that each tile of queries sees, which comes first."""
-    C = SimpleNamespace(PAIRED=True)
+    C = SimpleNamespace(PAIRED=True, PLAIN=True)
     programs = []
     for own in tiles_of(n_tiles // 2, n_tiles, 1, 1, dealt=False):
         device = in_python(n_tiles // 2, 0)

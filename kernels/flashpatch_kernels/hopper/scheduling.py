@@ -125,11 +125,12 @@ def in_row(x, n_tiles, n_heads, whole):
 def edges_first(x, turn, t0, t1, t2, t3, C: gl.constexpr):
     """The x-th of the tiles t0 .. t3, those first that are seen in part: all but t1 .. t2.
 
-    Of pairs the second tiles end together: they take those that are wholly seen from the last on.
+    Of pairs the second tiles end together: they take those that are wholly seen from the last on,
+    but for terms that take the registers for that.
     """
     edges = t1 - t0 + t3 - t2
     whole = t1 + x - edges
-    if C.PAIRED:
+    if C.PAIRED and C.PLAIN:
         # A product instead of a choice between two tiles takes fewer registers.
         back = turn % 2
         whole = gl.where(back == 1, t2 + edges - 1, t1 - edges) + (1 - 2 * back) * x
