@@ -48,8 +48,9 @@ class Call(NamedTuple):
     def constants(self):
         causal = self.reach is not None and self.left is None
         alone = self.group == 1
-        paced = causal and self.staggered and not (alone or self.in_order)
-        kinds = {"PAIRED": causal, "ALONE": alone, "STAGGERED": self.staggered, "PACED": paced}
+        staggered = self.staggered or self.in_order
+        paced = causal and staggered and not (alone or self.in_order)
+        kinds = {"PAIRED": causal, "ALONE": alone, "STAGGERED": staggered, "PACED": paced}
         return SimpleNamespace(BM=BM, BN=BN, **kinds)
 
     def met(self, tile):
@@ -192,7 +193,7 @@ def time_of(programs, lag, jitter=0.0):
 
 @given(calls().filter(have_order))
 def test_programs_add_to_a_tile_one_after_another_and_all_come_to_their_end(call):
-    programs = ranks(call._replace(in_order=True, staggered=True))
+    programs = ranks(call._replace(in_order=True))
     seen: dict = {}
     for steps in programs:
         for tile, rank in steps:

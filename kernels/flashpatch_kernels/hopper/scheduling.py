@@ -149,7 +149,7 @@ def course(tile, n_tiles, t0, n, group, C: gl.constexpr):
     """
     half = n_tiles // 2
     if not C.STAGGERED:
-        return 0 * tile
+        return 0
     elif not C.PAIRED:
         return (gl.maximum(2 * tile, t0) - t0) % n
     elif C.PACED:

@@ -47,6 +47,12 @@ def registers(quads):
 
 
 @jit
+def first_distance(m, n, score, OF_KEYS: gl.constexpr):
+    """Of query m and key n, counted from the first of a table, of keys of the reversed one."""
+    return m - n + score[13] if OF_KEYS else n - m - score[12]
+
+
+@jit
 def entries(bias, m, n, head, score, COLUMNS: gl.constexpr, OF_KEYS: gl.constexpr, C: gl.constexpr):
     """A table's biases of the distances of a tile [R, COLUMNS]; nothing without a table.
 
@@ -56,7 +62,7 @@ def entries(bias, m, n, head, score, COLUMNS: gl.constexpr, OF_KEYS: gl.constexp
         S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
         # Each of four warps has 16 rows, and so each thread two.
         gl.static_assert(C.R == 64 and C.R + COLUMNS <= REACH)
-        start = m - n + score[13] if OF_KEYS else n - m - score[12]
+        start = first_distance(m, n, score, OF_KEYS)
         start = gl.maximum(gl.minimum(start, score[13] - score[12] + C.R), -COLUMNS) + REACH
         row = gl.expand_dims(gl.arange(0, C.R, gl.SliceLayout(1, S)), 1)
         column = gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, S)), 0)
@@ -82,7 +88,7 @@ def ask(bias, m, n, head, score, OF_KEYS: gl.constexpr, C: gl.constexpr):
         SECTORS: gl.constexpr = REACH * 16 // SECTOR
         gl.static_assert(C.BM + C.BN <= REACH)
         if score[13] - score[12] > MANY:
-            start = m - n + score[13] - C.BN if OF_KEYS else n - m - score[12] - C.BM
+            start = first_distance(m, n, score, OF_KEYS) - (C.BN if OF_KEYS else C.BM)
             sectors = gl.arange(0, SECTORS, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
             at = (start + 1 + REACH) * 4 + sectors * (SECTOR // 4)
             # What is far beyond the ends is not told apart from what is at them.
