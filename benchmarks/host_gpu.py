@@ -2,7 +2,7 @@
 
 Microseconds of one alike call after another, of tensors so small that the GPU never is behind, the
 least of several rounds: a host that others share is slower at times. Forward without gradients,
-forward with them, and backward through autograd.
+forward with them, and backward through autograd; of the engine alone what it takes of these.
 Run on a GPU: `PYTHONPATH=.:kernels python benchmarks/host_gpu.py --out results.json`; `--dry` runs
 every case once, without a GPU.
 """
@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from flashpatch_kernels import attention
+from flashpatch_kernels.masks import Band
+from flashpatch_kernels.options import Options
 
 SIZES = (1, 320, 4, 64)  # row of the batch, tokens, heads, head size
 
@@ -52,15 +55,28 @@ IMPLEMENTATIONS = {
 }
 
 
-def calls(attend: Callable[[Tensor, Tensor, Tensor], Tensor], device: str) -> Iterator[Any]:
-    """Name and call of each thing to time."""
+def tensors(device: str) -> list[Tensor]:
+    """q, k, v and the gradient of the output."""
     batch, n, heads, d = SIZES
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rows = [torch.randn(batch, n, heads, d, device=device, dtype=dtype) for _ in range(4)]
+    return [x.transpose(1, 2) for x in rows]
 
-    def tensor() -> Tensor:
-        return torch.randn(batch, n, heads, d, device=device, dtype=dtype).transpose(1, 2)
 
-    plain, dout = [tensor() for _ in range(3)], tensor()
+def engine_calls(device: str) -> Iterator[Any]:
+    """Name and call of what the public function, and autograd, have the engine do."""
+    engine = import_module(f"flashpatch_kernels.{'hopper' if device == 'cuda' else 'tiled'}")
+    *qkv, dout = tensors(device)
+    options = Options(mask=Band(right=0), scale=SIZES[-1] ** -0.5)
+    out, lse = engine.forward(*qkv, options)
+    needs = frozenset("qkv")
+    yield "forward_us", lambda: engine.forward(*qkv, options)
+    yield "backward_us", lambda: engine.backward(dout, None, *qkv, out, lse, options, needs)
+
+
+def calls(attend: Callable[[Tensor, Tensor, Tensor], Tensor], device: str) -> Iterator[Any]:
+    """Name and call of each thing to time."""
+    *plain, dout = tensors(device)
     qkv = [x.detach().requires_grad_() for x in plain]
     out = attend(*qkv)
     yield "forward_us", lambda: attend(*plain)
@@ -90,12 +106,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for name, (attend, within) in IMPLEMENTATIONS.items():
-        if arguments.dry and attend is theirs:
-            continue
+    device = "cpu" if arguments.dry else "cuda"
+    todo = [("flashpatch, its engine", nullcontext, engine_calls(device))]
+    todo += [
+        (name, within, calls(attend, device))
+        for name, (attend, within) in IMPLEMENTATIONS.items()
+        if not (arguments.dry and attend is theirs)
+    ]
+    for name, within, timed in todo:
         rows.append({"implementation": name})
         with within():
-            for what, call in calls(attend, "cpu" if arguments.dry else "cuda"):
+            for what, call in timed:
                 call()  # may compile
                 if not arguments.dry:
                     found = least_us(call, arguments.repeats, arguments.rounds)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from flashpatch_kernels import checks, decisions, masks, reference, schema, sdpa, second_order
@@ -220,12 +221,25 @@ def run(
         return sdpa.attention(q, k, v, options), None
     if engine == "reference":
         return reference.attention(q, k, v, options)
-    if torch.compiler.is_compiling() or _watched(q):
+    compiling = torch.compiler.is_compiling()
+    if forward_ad._current_level >= 0 and not compiling:
+        _refuse_tangents(engine, q, k, v, *options.terms.values())
+    if compiling or _watched(q):
         return torch.ops.flashpatch.forward.default(q, k, v, engine, *schema.flat(options))
     if torch.is_grad_enabled():
         terms = options.terms
-        return _Attention.apply(q, k, v, engine, options, tuple(terms), *terms.values())
+        # Autograd's part of a call takes as long as an engine's.
+        if q.requires_grad or any(x.requires_grad for x in (k, v, *terms.values())):
+            return _Attention.apply(q, k, v, engine, options, tuple(terms), *terms.values())
     return _compute(q, k, v, engine, options)
+
+
+def _refuse_tangents(engine: str, *tensors: Tensor) -> None:
+    """Raises where one has a tangent: operators would go on as if it were 0."""
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            f"engine {engine!r} has no forward-mode derivative; engine='reference' has"
+        )
 
 
 def _watched(q: Tensor) -> bool:

@@ -301,6 +301,46 @@ def test_frozen_inputs_cost_no_gradient(monkeypatch):
     assert not attention(q.detach(), k, v, engine="tiled").requires_grad
 
 
+def test_autograd_is_passed_by_where_nothing_needs_a_gradient(monkeypatch):
+    q, k, v = tensors()
+    expected = attention(q, k, v, bias=torch.zeros(1, H, 1, M), engine="tiled")
+    applied = []
+    monkeypatch.setattr(op._Attention, "apply", lambda *_: applied.append(1) or (expected, None))
+    out = attention(q, k, v, bias=torch.zeros(1, H, 1, M), engine="tiled")
+    assert not applied
+    assert not out.requires_grad
+    torch.testing.assert_close(out, expected)
+    for learnt in (q, k, v):
+        attention(*[x.clone().requires_grad_(x is learnt) for x in (q, k, v)], engine="tiled")
+    attention(q, k, v, bias=torch.zeros(1, H, 1, M, requires_grad=True), engine="tiled")
+    assert len(applied) == 4
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_forward_mode_derivatives_are_the_references_alone(mode):
+    q, k, v = tensors()
+    tangent, bias = torch.randn_like(k), torch.randn(1, 1, 1, M)
+
+    def attend(k, engine, bias=None):
+        return attention(q, k, v, bias=bias, engine=engine)
+
+    said = "engine 'tiled' has no forward-mode derivative; engine='reference' has"
+    with mode():
+        with pytest.raises(NotImplementedError, match=said):
+            torch.func.jvp(partial(attend, engine="tiled"), (k,), (tangent,))
+        with pytest.raises(NotImplementedError, match=said):
+            torch.func.jvp(partial(attend, k, "tiled"), (bias,), (bias,))
+        out, slope = torch.func.jvp(partial(attend, engine="reference"), (k,), (tangent,))
+        # What has no tangent itself is computed as ever, within a derivative too.
+        one = torch.ones(())
+        _, other = torch.func.jvp(lambda x: attend(k, "tiled") * x, (one,), (one,))
+        torch.testing.assert_close(other, attend(k, "tiled"))
+    step = 1e-3 * tangent
+    expected = (attend(k + step, "reference") - attend(k - step, "reference")) / 2e-3
+    torch.testing.assert_close(slope, expected, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(out, attend(k, "tiled"))
+
+
 def test_no_seed_is_drawn_without_dropout():
     before = torch.random.get_rng_state()
     attention(*tensors(), engine="tiled")
