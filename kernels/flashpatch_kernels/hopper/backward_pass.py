@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashpatch_kernels import triton as portable
 from flashpatch_kernels import tuning
-from flashpatch_kernels.hopper import biases, crews
+from flashpatch_kernels.hopper import biases, crews, learnt
 from flashpatch_kernels.hopper.joint_gradients import joint_kernel
 from flashpatch_kernels.hopper.key_gradients import key_kernel
 from flashpatch_kernels.hopper.query_gradients import query_kernel
@@ -62,10 +62,10 @@ def backward(
         joint = tuning.crew("dqdkdv", *call.head_sizes) is not None
         in_one = joint and len(grads) == 3 and (not same or has_order(call))
         fitting = tuning.crew("dkdv", *call.head_sizes) is not None
-        sums = biases.Sums()
+        sums = learnt.Sums()
         if fitting and "k" in grads:
             _, fixed = crews.tuned(call, "dqdkdv" if in_one else "dkdv")
-            sums = biases.sums_of(call, steps, fixed, needs)
+            sums = learnt.sums_of(call, steps, fixed, needs)
         served = (
             fitting
             and call.unit > 1
@@ -91,7 +91,7 @@ def backward(
             if "q" in grads:
                 launch_queries(work, grads["q"])
         if sums.bias is not None:
-            grads["bias"] = biases.bias_gradient(shared, options.bias, sums.bias)
+            grads["bias"] = learnt.bias_gradient(shared, options.bias, sums.bias)
         if sums.ends is not None:
             # Near its ends each distance is summed; those beyond belong to the entries there.
             grads["table"] = table_gradient(shared, options.table, sums.ends, crews.PART)
@@ -129,7 +129,7 @@ class Work(NamedTuple):
 
     shared: Shared
     added: biases.Added
-    more: biases.Sums
+    more: learnt.Sums
 
 
 def launch_joint(work: Work, grads: dict[str, Tensor], *, in_order: bool) -> None:

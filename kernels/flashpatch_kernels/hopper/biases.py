@@ -22,10 +22,8 @@ from flashpatch_kernels.hopper import crews, table
 from flashpatch_kernels.hopper.gluon import gl, jit
 from flashpatch_kernels.hopper.products import start_inner
 from flashpatch_kernels.hopper.rings import put_numbers
-from flashpatch_kernels.hopper.softmax import lane_sums
-from flashpatch_kernels.triton import setups, term_gradients, terms
+from flashpatch_kernels.triton import setups, terms
 from flashpatch_kernels.triton.plans import Steps
-from flashpatch_kernels.triton.stats import Shared
 
 
 @jit
@@ -109,77 +107,6 @@ def as_row(of_keys):
         return ()
 
 
-@jit
-def thread_sums(x):
-    """Of sums [64, 4] by lanes those of the two rows of each thread: [4, 8, 4]."""
-    return gl.sum(x.reshape([4, 2, 8, 4]), 1)
-
-
-@jit
-def total(x):
-    """The sum of what `thread_sums` gave."""
-    return gl.sum(gl.sum(gl.sum(x, 2), 1), 0)
-
-
-@jit
-def no_sums(BIAS, ENDS, S: gl.constexpr, C: gl.constexpr):
-    """Sums of dS^T over no queries, by the lanes that share a row: those that have a place.
-
-    Returns:
-        For BIAS one sum [R, 4] of every key; for ENDS two, as `thread_sums` has them, of the tiles
-        below and above those that a table's own sums are of.
-    """
-    zero = lane_sums(gl.full([C.R, C.BM], 0.0, gl.float32, S))
-    of_keys, of_ends = (), ()
-    if BIAS is not None:
-        of_keys = (zero,)
-    if ENDS is not None:
-        of_ends = (thread_sums(zero), thread_sums(zero))
-    return of_keys, of_ends
-
-
-@jit
-def with_ds(sums, dst, m, n, near):
-    """The sums with those of a tile dS^T [R, BM] that begins with query m and key n.
-
-    `near` is (the first and the end of the distances n - m at which tiles begin that a table's own
-    sums are of, how many queries such a tile has).
-    """
-    of_keys, of_ends = sums
-    if len(of_keys) > 0 or len(of_ends) > 0:
-        x = lane_sums(dst)
-        if len(of_keys) > 0:
-            of_keys = (of_keys[0] + x,)
-        if len(of_ends) > 0:
-            first, end, rows = near
-            distance = n - m // rows * rows
-            x = thread_sums(x)
-            below = gl.where(distance < first, x, 0.0)
-            above = gl.where(distance >= end, x, 0.0)
-            of_ends = of_ends[0] + below, of_ends[1] + above
-    return of_keys, of_ends
-
-
-@jit
-def store_sums(sums, BIAS, ENDS, bh, part, j, sizes, C: gl.constexpr):
-    """Stores the sums of the keys j [R] of a head of a row of the batch.
-
-    BIAS is [B, H_kv, M]; ENDS is [2, B, H, parts], one for every R keys.
-    """
-    n_batch, n_heads, _group, _n_queries, n_keys = sizes
-    of_keys, of_ends = sums
-    if len(of_keys) > 0:
-        x = gl.convert_layout(gl.sum(of_keys[0], 1), j.type.layout, assert_trivial=True)
-        gl.store(BIAS + bh.to(gl.int64) * n_keys + j, x, mask=j < n_keys)
-    if len(of_ends) > 0:
-        n_parts = gl.cdiv(n_keys, C.R)
-        if part < n_parts:
-            at = ENDS + bh.to(gl.int64) * n_parts + part
-            gl.store(at, total(of_ends[0]))
-            at += n_batch.to(gl.int64) * n_heads * n_parts
-            gl.store(at, total(of_ends[1]))
-
-
 class Added(NamedTuple):
     """What is added to the scores of a call, for tiles of both orientations.
 
@@ -217,63 +144,3 @@ def added_of(call: setups.Setup, steps: Steps, *, of_queries: bool, of_keys: boo
         strides = setups.strides(bias)
     numbers = (*strides, 1, row, *ends, call.origin)
     return Added(terms.Composed.of(slopes), bias, tables, unit, numbers)
-
-
-class Sums(NamedTuple):
-    """Memory for the sums of dS by the kernel that has it, for gradients of terms; None for others.
-
-    Attributes:
-        bias: For each key, [B, H_kv, 1, M].
-        ends: What lies far below and far above the ends of a table, [2, B, H, parts of the keys].
-        near: What is not far, as `with_ds` has it.
-    """
-
-    bias: Tensor | None = None
-    ends: Tensor | None = None
-    near: tuple[int, int, int] = (0, 0, 1)
-
-
-def sums_of(
-    call: setups.Setup, steps: Steps, fixed: crews.Constants, needs: frozenset[str]
-) -> Sums:
-    """Memory for the sums of a call.
-
-    They are of all queries and heads that a tile of keys meets, and of dS before a cap is taken
-    into account. What they do not serve engine `triton` sums.
-
-    Args:
-        fixed: Of the kernel, whose programs own keys.
-    """
-    o, (n_batch, n_heads, group, _, n_keys) = call.options, call.sizes
-
-    def memory(*shape: int) -> Tensor:
-        return steps.own(torch.empty(shape, dtype=torch.float32, device=call.device))
-
-    bias, ends, near = None, None, (0, 0, 1)
-    if o.softcap is None:
-        if o.bias is not None and "bias" in needs and (group == 1 or o.bias.shape[1] == 1):
-            bias = memory(n_batch, n_heads // group, 1, n_keys)
-        tile, _ = call.tuned("sums")
-        # A tile of the kernel's lies within tiles of a table's own sums, all of one diagonal of
-        # parts: these do either all of it or nothing.
-        inside = tile.BM % fixed.BM == tile.BM % crews.PART == crews.PART % tile.BN == 0
-        if call.clamped and "table" in needs and group == 1 and inside:
-            ends = memory(2, n_batch, n_heads, setups.cdiv(n_keys, crews.PART))
-            first, number, _ = term_gradients.table_diagonals(call, crews.PART)
-            near = first * tile.BN, (first + number) * tile.BN, tile.BM
-    return Sums(bias, ends, near)
-
-
-def bias_gradient(shared: Shared, bias: Tensor, sums: Tensor) -> Tensor:
-    """The gradient of a bias of keys [B|1, H|1, 1, M] from sums of dS [B, H_kv, 1, M]."""
-    if bias.dtype == sums.dtype and bias.shape == sums.shape:
-        return sums
-    steps = shared.steps
-    grad = steps.own(torch.empty(bias.shape, dtype=bias.dtype, device=bias.device))
-    steps.do(write_sum, sums, grad)
-    return grad
-
-
-def write_sum(x: Tensor, out: Tensor) -> None:
-    """Writes the sum of x over the dimensions in which `out` has 1 for all."""
-    out.copy_(x.sum_to_size(out.shape))

@@ -27,7 +27,7 @@ Source: Shah et al., FlashAttention-3 (2024), section 3.1 and appendix B.1.
 
 from triton import constexpr_function
 
-from flashpatch_kernels.hopper import biases, table
+from flashpatch_kernels.hopper import biases, learnt, table
 from flashpatch_kernels.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -68,7 +68,7 @@ from flashpatch_kernels.hopper.rings import (
     tell_full,
     tile_of,
 )
-from flashpatch_kernels.hopper.scheduling import course, place, step_place, turns
+from flashpatch_kernels.hopper.scheduling import course, met_tile, place, step_place, turns
 from flashpatch_kernels.hopper.weights import read_stats, weights
 from flashpatch_kernels.triton import scores
 
@@ -169,18 +169,21 @@ def part_of_dq(kts, dss, x, C: gl.constexpr):
 def collect(given, QUERIES: gl.constexpr, C: gl.constexpr):
     """Multiplies dQ^T = K^T dS^T for every tile of queries.
 
-    In parts of 64 rows: a whole tile at once would take registers that consumers need.
+    In parts of 64 rows: a whole tile at once would take registers that consumers need. It also sums
+    dS over queries where that is learnt, by products as well.
     """
-    sizes, mask, n_tiles, keys, dss, sums, keys_read = given
+    sizes, mask, n_tiles, keys, dss, sums, keys_read, DBIAS, ENDS, near, marks = given
     n_batch, n_heads, group, n_queries, n_keys = sizes
     kv_heads = n_heads // group
     CONSUMERS: gl.constexpr = C.CONSUMERS
     PARTS: gl.constexpr = C.D // 64
     done = 0
     for turn in range(turns(n_tiles, n_batch * kv_heads, C.PAIRED)):
-        tile, _, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
+        tile, bh, batch, g = place(turn, n_tiles, n_batch, kv_heads, C.PAIRED)
         t0, _, _, t3 = QUERIES(mask, batch, g, tile * C.BN, n_queries, n_keys, C.BM, C.BN)
-        steps = gl.maximum(t3 - t0, 1) * group
+        n = gl.maximum(t3 - t0, 1)
+        begin = course(tile, n_tiles, t0, n, group, C)
+        totals = learnt.no_totals(marks, C)
         for c in gl.static_range(CONSUMERS):
             take(keys, turn * CONSUMERS + c, CONSUMERS)
         kts = ()
@@ -189,19 +192,25 @@ def collect(given, QUERIES: gl.constexpr, C: gl.constexpr):
             for c in gl.static_range(CONSUMERS):
                 of_part = of_part + (keys_of_part(keys, c, part, C),)
             kts = kts + (of_part,)
-        for y in range(steps):
+        for y in range(n * group):
             x = done + y
+            # Told apart for tables alone; where the ends of these are summed, heads are alone.
+            row = (t0 + met_tile(y, begin, turn, n, C)) * C.BM
+            totals = learnt.start_totals(totals, marks, dss, x, row, tile * C.BN, near, C)
             for part in gl.static_range(PARTS):
                 dq = part_of_dq(kts[part], dss, x, C)
                 if part == 0:
                     await_free(sums, x, 1)
                 columns = tile_of(sums, x, 1).slice(part * 64, 64, 1)
                 columns.permute((1, 0)).store(dq)
+            if len(totals) > 0:
+                totals = warpgroup_mma_wait(0, deps=totals)
             for c in gl.static_range(CONSUMERS):
                 leave(dss, x * CONSUMERS + c, 2 * CONSUMERS)
             fence_async_shared()
             tell_full(sums, x, 1)
-        done += steps
+        done += n * group
+        learnt.store_totals(totals, DBIAS, ENDS, bh, tile, sizes, C)
         mbarrier.arrive(keys_read.index(0), count=1)
 
 
@@ -289,7 +298,7 @@ def consume_step(
     """Adds what a tile of queries of a head gives to dk, dv and sums of dS, and hands on its dS.
 
     `own` is (the consumer's keys j [R], the first of them, `bias`); `sums` and `near` are
-    as in `biases.with_ds`.
+    as in `learnt.with_ds`.
     """
     j, start, bias = own
     queries, douts, keys, values, dss, lse, minus_delta = rings
@@ -316,7 +325,7 @@ def consume_step(
     dv_started = warpgroup_mma(operand(pt, dtype, C.D), do, dv, is_async=True)
     dpt = warpgroup_mma_wait(1, deps=(dp_started,))  # [R, BM]
     dst = times_unpacked(dpt, factor) if packed(C) else dpt * factor
-    sums = biases.with_ds(sums, dst, tile * C.BM, start, near)
+    sums = learnt.with_ds(sums, dst, tile * C.BM, start, near)
     dst = dst.to(dtype)
     dk_started = warpgroup_mma(operand(dst, dtype, C.D), q, dk, is_async=True)
     if len(dss) > 0:  # while that goes on, because its way to memory is awaited
@@ -362,7 +371,7 @@ def consume(
         sources = scores.opened(of_row, g * group, start, pointers, OPENS, C.R, C.BM)
         dk = gl.full([C.R, C.D], 0.0, gl.float32, A)
         dv = gl.full([C.R, C.D], 0.0, gl.float32, A)
-        sums = biases.no_sums(DBIAS, ENDS, S, C)
+        sums = learnt.no_sums(DBIAS, ENDS, S, C)
         k = take(keys, turn * CONSUMERS + consumer, CONSUMERS)
         v = take(values, turn * CONSUMERS + consumer, CONSUMERS)
         kept = ()
@@ -382,7 +391,7 @@ def consume(
             )  # fmt: skip
         done += n
         part = tile * CONSUMERS + consumer
-        biases.store_sums(sums, DBIAS, ENDS, bh, part, j, sizes, C)
+        learnt.store_sums(sums, DBIAS, ENDS, bh, part, j, sizes, C)
         v.store(dv.to(dtype))
         fence_async_shared()
         tma_store(dv_matrix, [batch, g, row, 0], values[0].index(consumer))
@@ -433,6 +442,8 @@ def joint_kernel(
         keys_read = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
         mbarrier.init(keys_read.index(0), count=1)
     # The same tiles of dQ, once more full when they have been added.
+    marks = learnt.marks(DBIAS, ENDS, dtype, C) if DQ is not None else ()
+    near = near_first, near_end, near_rows
     counts, added = (), ()
     if COUNTS is not None:
         counts, added = (COUNTS,), again(sums, 1)
@@ -447,10 +458,12 @@ def joint_kernel(
     biased = (bias, bias_batch, bias_head, table, unit)
     given = (Q, K, V, DO, STATS, q_strides, k_strides, v_strides, do_strides, sizes, mask,
              score, biased, n_tiles, queries, douts, keys, values, lse, minus_delta)  # fmt: skip
-    kept = (DK, DV, DBIAS, ENDS, (near_first, near_end, near_rows), dk_strides, dv_strides, sizes,
+    # Who collects dS sums it as well; without, consumers do.
+    own_bias, own_ends = DBIAS if DQ is None else None, ENDS if DQ is None else None
+    kept = (DK, DV, own_bias, own_ends, near, dk_strides, dv_strides, sizes,
             mask, score, biased, pointers, scale, to_log2, n_tiles,
             queries, douts, keys, values, dss, keys_read, lse, minus_delta)  # fmt: skip
-    collected = (sizes, mask, n_tiles, keys, dss, sums, keys_read)
+    collected = (sizes, mask, n_tiles, keys, dss, sums, keys_read, DBIAS, ENDS, near, marks)
     summed = (DQ, dq_strides, sizes, mask, n_tiles, sums, added, counts)
     counted = (sizes, mask, n_tiles, added, counts)
     if COUNTS is not None:

@@ -11,7 +11,7 @@ multiplies.
 Letters: B batch, H query heads, N queries, M keys, D head size.
 """
 
-from flashpatch_kernels.hopper import biases, table
+from flashpatch_kernels.hopper import biases, learnt, table
 from flashpatch_kernels.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -185,7 +185,7 @@ def differentiate(given, QUERIES: gl.constexpr, C: gl.constexpr):
         dks = nothing_yet(C.D, C)
         sums = ()
         for _b in gl.static_range(BLOCKS):
-            sums = sums + (biases.no_sums(DBIAS, ENDS, S, C),)
+            sums = sums + (learnt.no_sums(DBIAS, ENDS, S, C),)
         take(values, turn, 1)
         met = gl.maximum(t3 - t0, 1)
         for y in range(met * group):
@@ -203,7 +203,7 @@ def differentiate(given, QUERIES: gl.constexpr, C: gl.constexpr):
                     leave(douts, x, C.SLOTS)
                 pt = take(ps, x * BLOCKS + b, 2 * BLOCKS).load(S)
                 dst = pt.to(gl.float32) * dpt
-                its_sums = biases.with_ds(sums[b], dst, m, start + b * C.R, near)
+                its_sums = learnt.with_ds(sums[b], dst, m, start + b * C.R, near)
                 sums = replaced(sums, b, its_sums)
                 dst = dst.to(dtype)
                 leave(ps, x * BLOCKS + b, 2 * BLOCKS)
@@ -216,7 +216,7 @@ def differentiate(given, QUERIES: gl.constexpr, C: gl.constexpr):
         done += met * group
         for b in gl.static_range(BLOCKS):
             j = start + b * C.R + gl.arange(0, C.R, gl.SliceLayout(1, S))
-            biases.store_sums(sums[b], DBIAS, ENDS, bh, tile * BLOCKS + b, j, sizes, C)
+            learnt.store_sums(sums[b], DBIAS, ENDS, bh, tile * BLOCKS + b, j, sizes, C)
             dks = replaced(dks, b, dks[b] * scale)
         meet(1, C.CONSUMERS, done)
         put_back(dks, keys, dk_matrix, batch, g, start, turn, C)

@@ -173,14 +173,24 @@ def step_place(y, begin, turn, first_head, n, group, C: gl.constexpr):
     if C.STAGGERED:
         x = y if C.ALONE else y % n
         head = first_head if C.ALONE else first_head + y // n
-        rest = n - 1 - x if C.PAIRED and not C.PACED else x - (n - begin)
-        return head, gl.where(x < n - begin, begin + x, rest)
     elif C.PAIRED:
         x = y // group
         head = first_head if C.ALONE else first_head + y % group
-        return head, gl.where(turn % 2 == 0, n - 1 - x, x)
     else:
-        return first_head if C.ALONE else first_head + y // n, y % n
+        head, x = first_head if C.ALONE else first_head + y // n, y % n
+    return head, met_tile(x, begin, turn, n, C)
+
+
+@jit
+def met_tile(x, begin, turn, n, C: gl.constexpr):
+    """Which of n tiles of queries the x-th step of a turn for one head is for, see `step_place`."""
+    if C.STAGGERED:
+        rest = n - 1 - x if C.PAIRED and not C.PACED else x - (n - begin)
+        return gl.where(x < n - begin, begin + x, rest)
+    elif C.PAIRED:
+        return gl.where(turn % 2 == 0, n - 1 - x, x)
+    else:
+        return x
 
 
 @constexpr_function

@@ -322,6 +322,14 @@ def table_diagonals(call: setups.Setup, keys: int = 0) -> tuple[int, int, int]:
     return diagonals(call, low, high, keys)
 
 
+def beyond(call: setups.Setup) -> tuple[bool, bool]:
+    """Whether a mask, as far as it is known, shows distances below those of a table, and above."""
+    table, (_, _, _, n_queries, n_keys) = call.options.table, call.sizes
+    assert table is not None
+    low, high = visible(call.options.mask, 1 - n_queries, n_keys - 1)
+    return low < call.first, high > call.first + table.shape[1] - 1
+
+
 def diagonals(call: setups.Setup, low: int, high: int, keys: int = 0) -> tuple[int, int, int]:
     """The first diagonal of tiles with visible distances from low to high, how many, and chunks.
 
