@@ -104,6 +104,8 @@ def attention(
         TypeError: An argument is of a wrong type or dtype.
         ValueError: An argument has a wrong value, shape or device, or the engine that was asked for
             cannot serve the call; the message has the reason.
+        NotImplementedError: A tensor has a tangent, of forward-mode differentiation, and the engine
+            is not `reference` or `sdpa`.
 
     Source: Dao, FlashAttention-2 (2023); the sources of the terms stand in `Options`.
     """

@@ -3,10 +3,11 @@
 It shares masks and terms with engine `triton`, whose records and device functions it uses, and
 differs in how a program works: `rings` bring tiles from the warps that read to those that compute,
 `products` are what these multiply, `biases` and a `table` are added, `softmax` comes between a
-forward's two products, `weights` are a backward's, `scheduling` says who works on what and when,
-`crews` how many warps there are of each kind. `backward_pass` chooses among kernels for all
-gradients, for those of keys and for that of queries. Gluon changes from one Triton to the next:
-where one does not compile these kernels, the portable ones compute the call, and all later ones.
+forward's two products, `weights` are a backward's, whose dS is summed where something is `learnt`,
+`scheduling` says who works on what and when, `crews` how many warps there are of each kind.
+`backward_pass` chooses among kernels for all gradients, for those of keys and for that of queries.
+Gluon changes from one Triton to the next: where one does not compile these kernels, the portable
+ones compute the call, and all later ones.
 """
 
 import warnings

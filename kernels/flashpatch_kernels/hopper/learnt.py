@@ -105,8 +105,8 @@ def store_sums(sums, BIAS, ENDS, bh, part, j, sizes, C: gl.constexpr):
 def marks(BIAS, ENDS, dtype: gl.constexpr, C: gl.constexpr):
     """Right operands of products that sum dS^T [R, BM] over queries: [BM, 8] of zeros and ones.
 
-    One for each case of `side`: column 0 sums every tile, 1 those below, 2 those above. Nothing
-    where nothing is summed.
+    One for each case of `side`: column 0 sums every tile, 1 those below, 2 those above; what is not
+    a number all three have. Nothing where nothing is summed.
     """
     if BIAS is not None or ENDS is not None:
         layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for((8, C.BM), dtype)
