@@ -89,8 +89,9 @@ def in_python(programs, seat):
         edge_tile=FunctionType(tile_masks.edge_tile.fn.__code__, {"tl": gl})
     )
     of_programs = "share", "rounds_of_pairs", "to_and_fro", "turns", "place", "dealt", "in_row"
+    of_steps = "edges_first", "course", "step_place", "met_tile"
     for module, name in (
-        *((scheduling, name) for name in (*of_programs, "edges_first", "course", "step_place")),
+        *((scheduling, name) for name in (*of_programs, *of_steps)),
         *((ordering, name) for name in ("rank", "between")),
     ):
         function = getattr(module, name).fn
@@ -111,6 +112,7 @@ def steps_of(call, seat):
         for y in range(n * call.group):
             head, x = device.step_place(y, begin, turn, g * call.group, n, call.group, C)
             assert 0 <= x < n
+            assert x == device.met_tile(y, begin, turn, n, C) or not C.ALONE
             i = first + x if met else call.n_queries
             steps.append(Step(tile, turn, bh, (b, head), i))
     return steps, device
