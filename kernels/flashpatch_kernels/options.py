@@ -145,9 +145,7 @@ class Options:
     @property
     def terms(self) -> dict[str, Tensor]:
         """The differentiable tensors that the call has, by the names of `TERMS`."""
-        found: dict[str, Tensor] = {}
-        if self.table is self.slopes is self.bias is self.sinks is None and not self.relative:
-            return found
+        found = {}
         for name, (owner, part) in TERMS.items():
             x = getattr(self, owner)
             if part and x is not None:

@@ -82,23 +82,32 @@ def with_ds(sums, dst, m, n, near):
 
 
 @jit
-def store_sums(sums, BIAS, ENDS, bh, part, j, sizes, C: gl.constexpr):
-    """Stores the sums of the keys j [R] of a head of a row of the batch.
+def store_of_keys(x, BIAS, bh, j, n_keys):
+    """Stores the sums of the keys j of a head of a row of the batch in BIAS, [B, H_kv, M]."""
+    gl.store(BIAS + bh.to(gl.int64) * n_keys + j, x, mask=j < n_keys)
 
-    BIAS is [B, H_kv, M]; ENDS is [2, B, H, parts], one for every R keys.
-    """
-    n_batch, n_heads, _group, _n_queries, n_keys = sizes
+
+@jit
+def places_of_ends(ENDS, bh, part, n_parts, sizes):
+    """Where in ENDS, [2, B, H, parts of R keys], a part has what is below and what is above."""
+    n_batch, n_heads = sizes[0], sizes[1]
+    at = ENDS + bh.to(gl.int64) * n_parts + part
+    return at, at + n_batch.to(gl.int64) * n_heads * n_parts
+
+
+@jit
+def store_sums(sums, BIAS, ENDS, bh, part, j, sizes, C: gl.constexpr):
+    """Stores the sums of the keys j [R], which are a part, of a head of a row of the batch."""
     of_keys, of_ends = sums
     if len(of_keys) > 0:
         x = gl.convert_layout(gl.sum(of_keys[0], 1), j.type.layout, assert_trivial=True)
-        gl.store(BIAS + bh.to(gl.int64) * n_keys + j, x, mask=j < n_keys)
+        store_of_keys(x, BIAS, bh, j, sizes[4])
     if len(of_ends) > 0:
-        n_parts = gl.cdiv(n_keys, C.R)
+        n_parts = gl.cdiv(sizes[4], C.R)
         if part < n_parts:
-            at = ENDS + bh.to(gl.int64) * n_parts + part
-            gl.store(at, total(of_ends[0]))
-            at += n_batch.to(gl.int64) * n_heads * n_parts
-            gl.store(at, total(of_ends[1]))
+            below, above = places_of_ends(ENDS, bh, part, n_parts, sizes)
+            gl.store(below, total(of_ends[0]))
+            gl.store(above, total(of_ends[1]))
 
 
 @jit
@@ -148,7 +157,6 @@ def start_totals(totals, marks, dss, x, m, n, near, C: gl.constexpr):
 @jit
 def store_totals(totals, BIAS, ENDS, bh, tile, sizes, C: gl.constexpr):
     """As `store_sums`, of the keys of all consumers."""
-    n_batch, n_heads, _group, _n_queries, n_keys = sizes
     CONSUMERS: gl.constexpr = len(totals)
     for c in gl.static_range(CONSUMERS):
         x = totals[c]
@@ -156,15 +164,14 @@ def store_totals(totals, BIAS, ENDS, bh, tile, sizes, C: gl.constexpr):
         part = tile * CONSUMERS + c
         if BIAS is not None:
             j = part * C.R + gl.arange(0, C.R, gl.SliceLayout(1, x.type.layout))
-            of_keys = gl.sum(gl.where(column == 0, x, 0.0), 1)
-            gl.store(BIAS + bh.to(gl.int64) * n_keys + j, of_keys, mask=j < n_keys)
+            store_of_keys(gl.sum(gl.where(column == 0, x, 0.0), 1), BIAS, bh, j, sizes[4])
         if ENDS is not None:
-            n_parts = gl.cdiv(n_keys, C.R)
+            n_parts = gl.cdiv(sizes[4], C.R)
             if part < n_parts:
-                at = ENDS + bh.to(gl.int64) * n_parts + part
+                places = places_of_ends(ENDS, bh, part, n_parts, sizes)
                 for end in gl.static_range(2):
                     beyond = gl.sum(gl.sum(gl.where(column == end + 1, x, 0.0), 1), 0)
-                    gl.store(at + end * n_batch.to(gl.int64) * n_heads * n_parts, beyond)
+                    gl.store(places[end], beyond)
 
 
 class Sums(NamedTuple):
