@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -365,6 +365,30 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     driver = SimpleNamespace(get_current_device=lambda: 3, get_current_stream=lambda _: 7)
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
     return driver
+
+
+@pytest.fixture
+def launches(
+    monkeypatch: pytest.MonkeyPatch, driver: SimpleNamespace
+) -> Iterator[list[NamedTuple]]:
+    """What was launched, in order: `written_launches.Launched`."""
+    from written_launches import Compiled, Launched, Launcher
+
+    from flashpatch_kernels.triton import launching, plans
+
+    made: list[NamedTuple] = []
+
+    def launch(_kernel: Any, n_programs: int, _tile: Any, *arguments: Any) -> Compiled:
+        made.append(Launched(False, (n_programs, *arguments)))
+        return Compiled(Launcher(relaunch))
+
+    def relaunch(n_programs: int, *rest: Any) -> None:
+        made.append(Launched(True, (n_programs, *rest[12:])))
+
+    monkeypatch.setattr(launching, "launch", launch)
+    plans.forget()
+    yield made
+    plans.forget()
 
 
 @pytest.fixture
