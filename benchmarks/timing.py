@@ -12,21 +12,27 @@ from triton.testing import do_bench
 # whoever comes first would look better.
 REST = 0.1
 
+# Milliseconds of a measurement, and how often each function has a turn: within a tenth of a second
+# of load a card lowers its clocks for the power they take, by up to a tenth and not at any fixed
+# time. So many short measurements tell kernels apart that differ by 1%, where a few long ones do
+# not.
+REP, ROUNDS = 12, 10
 
-def in_turns(functions: Mapping[str, Callable[[], Any]], rep: int, rounds: int) -> dict[str, float]:
-    """Milliseconds that each function takes on a rested GPU, measured for `rep` of them.
+
+def in_turns(functions: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Milliseconds that each function takes on a rested GPU.
 
     Medians of several rounds, in which functions take turns: one of them, and not another, may meet
     a moment in which the card is slower.
     """
     for function in functions.values():
         function()  # may compile
-    taken = [[_median_ms(f, rep) for f in functions.values()] for _ in range(rounds)]
+    taken = [[_median_ms(f) for f in functions.values()] for _ in range(ROUNDS)]
     return dict(zip(functions, map(median, zip(*taken, strict=True)), strict=True))
 
 
-def _median_ms(function: Callable[[], Any], rep: int) -> float:
+def _median_ms(function: Callable[[], Any]) -> float:
     torch.cuda.synchronize()
     time.sleep(REST)
-    found: Any = do_bench(function, warmup=15, rep=rep, return_mode="median")
+    found: Any = do_bench(function, warmup=15, rep=REP, return_mode="median")
     return found
