@@ -75,7 +75,7 @@ IMPLEMENTATIONS: dict[str, Callable[[], Attend]] = {
 
 
 def measure(
-    attends: dict[str, Attend], *, d: int, n: int, group: int, causal: bool
+    attends: dict[str, Attend], *, d: int, n: int, group: int, causal: bool, rounds: int
 ) -> dict[str, dict[str, float]]:
     """Times and rates of one shape: hidden size 2048, 16k tokens, bf16."""
     heads, batch = 2048 // d, max(1, 16384 // n)
@@ -99,7 +99,7 @@ def measure(
     for name, of in (("forward", forward), ("backward", backward)):
         functions = {implementation: of(attend) for implementation, attend in attends.items()}
         with torch.set_grad_enabled(name == "backward"):
-            ms[name] = in_turns(functions)
+            ms[name] = in_turns(functions, rounds)
     return {
         implementation: {
             "forward_ms": round(ms["forward"][implementation], 4),
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="*", default=[64, 128])
     parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 8192, 16384])
     parser.add_argument("--groups", type=int, nargs="*", default=[1])
+    parser.add_argument("--rounds", type=int, default=10, help="how often each has a turn")
     parser.add_argument("--commit", default=commit())
     parser.add_argument("--out", type=Path)
     parser.add_argument(
@@ -148,7 +149,7 @@ def main() -> None:
         arguments.dims, arguments.lengths, arguments.groups, (False, True)
     ):
         shape = {"d": d, "n": n, "group": group, "causal": causal}
-        found = measure(implementations, **shape)
+        found = measure(implementations, **shape, rounds=arguments.rounds)
         for name, times in found.items():
             rows.append({"implementation": name, **shape, **times})
             print(json.dumps(rows[-1]), flush=True)

@@ -255,7 +255,7 @@ class Passes(NamedTuple):
         return Passes(forward, both)
 
 
-def measured(cases: Iterator[Case], on: Machine) -> list[dict[str, Any]]:
+def measured(cases: Iterator[Case], on: Machine, rounds: int) -> list[dict[str, Any]]:
     """A row for each case, with times and their ratios to the first one's, or with its error."""
     passes: dict[str, Passes] = {}
     rows: list[dict[str, Any]] = []
@@ -273,7 +273,7 @@ def measured(cases: Iterator[Case], on: Machine) -> list[dict[str, Any]]:
 
     first = next(iter(passes))
     for name in Passes._fields:
-        ms = in_turns({case: getattr(both, name) for case, both in passes.items()})
+        ms = in_turns({case: getattr(both, name) for case, both in passes.items()}, rounds)
         for row in rows:
             if row["case"] in ms:
                 row[name] = round(ms[row["case"]], 4)
@@ -284,6 +284,7 @@ def measured(cases: Iterator[Case], on: Machine) -> list[dict[str, Any]]:
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=10, help="how often each has a turn")
     parser.add_argument("--commit", default="unknown", help="of the code that runs")
     parser.add_argument("--only", default="", help="groups whose name contains this")
     parser.add_argument("--dry", action="store_true", help="once, in small, on a CPU")
@@ -301,7 +302,7 @@ def main() -> None:
     for group, cases in groups(on):
         if arguments.only not in group:
             continue
-        for row in measured(cases, on):
+        for row in measured(cases, on, arguments.rounds):
             rows.append({"group": group, **row})
             print(json.dumps(rows[-1]), flush=True)
         if arguments.out:  # what is measured is not lost if the rest is

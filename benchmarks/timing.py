@@ -12,14 +12,13 @@ from triton.testing import do_bench
 # whoever comes first would look better.
 REST = 0.1
 
-# Milliseconds of a measurement, and how often each function has a turn: within a tenth of a second
-# of load a card lowers its clocks for the power they take, by up to a tenth and not at any fixed
-# time. So many short measurements tell kernels apart that differ by 1%, where a few long ones do
-# not.
-REP, ROUNDS = 12, 10
+# Milliseconds of a measurement. Within a tenth of a second of load a card lowers its clocks for the
+# power they take, by up to a tenth and not at any fixed time: many short measurements tell kernels
+# apart that differ by 1%, where a few long ones do not.
+REP = 12
 
 
-def in_turns(functions: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+def in_turns(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Milliseconds that each function takes on a rested GPU.
 
     Medians of several rounds, in which functions take turns: one of them, and not another, may meet
@@ -27,7 +26,7 @@ def in_turns(functions: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     """
     for function in functions.values():
         function()  # may compile
-    taken = [[_median_ms(f) for f in functions.values()] for _ in range(ROUNDS)]
+    taken = [[_median_ms(f) for f in functions.values()] for _ in range(rounds)]
     return dict(zip(functions, map(median, zip(*taken, strict=True)), strict=True))
 
 
