@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -368,19 +368,17 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.fixture
-def launches(
-    monkeypatch: pytest.MonkeyPatch, driver: SimpleNamespace
-) -> Iterator[list[NamedTuple]]:
+def launches(monkeypatch: pytest.MonkeyPatch, driver: SimpleNamespace) -> Iterator[list[Any]]:
     """What was launched, in order: `written_launches.Launched`."""
-    from written_launches import Compiled, Launched, Launcher
+    from written_launches import Compiled, Flat, Launched
 
     from flashpatch_kernels.triton import launching, plans
 
-    made: list[NamedTuple] = []
+    made: list[Any] = []
 
     def launch(_kernel: Any, n_programs: int, _tile: Any, *arguments: Any) -> Compiled:
         made.append(Launched(False, (n_programs, *arguments)))
-        return Compiled(Launcher(relaunch))
+        return Compiled(Flat(relaunch))
 
     def relaunch(n_programs: int, *rest: Any) -> None:
         made.append(Launched(True, (n_programs, *rest[12:])))

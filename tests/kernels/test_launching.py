@@ -9,36 +9,13 @@ from torch._C._dynamo import guards
 triton = pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 is not installed")
 
 from triton.backends.nvidia.driver import CudaLauncher  # noqa: E402
+from written_launches import Compiled, Flat, Launcher, layout  # noqa: E402
 
 from flashpatch_kernels.triton import launching, memory  # noqa: E402
 from flashpatch_kernels.triton.relaunching import Launch, given  # noqa: E402
 from flashpatch_kernels.tuning import Tile  # noqa: E402
 
 TILE = Tile(64, 64, 4, 1)
-
-
-class Launcher:
-    """What Triton has between a kernel and its function in C, in the order that the latter takes.
-
-    Attributes:
-        launch: That function.
-        global_scratch_size: Bytes that each program wants.
-    """
-
-    def __init__(self, launch, global_scratch_size=0):
-        self.launch, self.global_scratch_size = launch, global_scratch_size
-
-    def scratch(self, n_programs, stream):
-        size = n_programs * self.global_scratch_size
-        return triton.runtime._allocation._allocator.get()(size, 128, stream) if size else None
-
-
-class Flat(Launcher):
-    """As in Triton 3.6."""
-
-    def __call__(self, x, y, z, stream, function, *rest):
-        scratch = self.scratch(x, stream)
-        self.launch(x, y, z, stream, function, False, False, scratch, None, *rest)
 
 
 class Nested(Launcher):
@@ -61,23 +38,6 @@ def installed(launch, global_scratch_size=0):
     launcher.launch_cooperative_grid = launcher.launch_pdl = launcher.gsan_enabled = False
     launcher.arg_annotations, launcher.kernel_signature = [], b""
     return launcher
-
-
-class Compiled:
-    """What Triton compiled, as all its versions from 3.6 have it."""
-
-    function, packed_metadata = "function", "metadata"
-
-    def __init__(self, run=None):
-        self.ran = []
-        self.run = run or (lambda *arguments: self.ran.append(arguments))
-
-    def __getitem__(self, grid):
-        return lambda *arguments: self.ran.append((grid, *arguments))
-
-
-def layout(x):
-    return x.shape, x.stride(), x.dtype
 
 
 @pytest.fixture

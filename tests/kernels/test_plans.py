@@ -14,7 +14,6 @@ from written_launches import (
     ENGINES,
     OPTIONS,
     TERMS,
-    TERMS_OF_PORTABLE,
     bias,
     check_moved,
     intervals,
@@ -195,7 +194,7 @@ def test_calls_under_booleans_and_with_vectors_share_nothing(launches, more):
 
 @pytest.mark.parametrize(("engine", "name"), CASES)
 def test_alike_calls_bring_their_terms(launches, engine, name):
-    engine, make = BOTH[engine], (TERMS | TERMS_OF_PORTABLE)[name]
+    engine, make = BOTH[engine], TERMS[name]
     for _ in range(2):
         q, k, v = tensors()
         more = make()

@@ -20,7 +20,6 @@ from written_launches import (
     ENGINES,
     OPTIONS,
     TERMS,
-    TERMS_OF_PORTABLE,
     check_moved,
     intervals,
     layout,
@@ -151,7 +150,7 @@ LEARNT = {
 @pytest.mark.parametrize("learnt", [False, True])
 @pytest.mark.parametrize(("engine", "name"), [one for one in CASES if one[1] in LEARNT])
 def test_alike_backward_passes_bring_their_terms(launches, engine, name, learnt, sizes):
-    make, which = (TERMS | TERMS_OF_PORTABLE)[name], LEARNT[name]
+    make, which = TERMS[name], LEARNT[name]
     first, second = (backward(**sizes) for _ in range(2))
     if learnt and which:
         first, second = first.needing(which), second.needing(which)

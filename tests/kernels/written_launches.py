@@ -1,35 +1,56 @@
-"""Calls whose launches are only written down, and what tests of plans compare of them."""
+"""Launchers that only write down, calls of which they do, and what tests compare of these."""
 
 from typing import NamedTuple
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from flashpatch_kernels import hopper
 from flashpatch_kernels import triton as portable
 from flashpatch_kernels.masks import Band, Intervals
 
-ENGINES = pytest.mark.parametrize("engine", [hopper, portable], ids=["hopper", "triton"])
+BOTH = {"hopper": hopper, "triton": portable}
+ENGINES = pytest.mark.parametrize("engine", BOTH.values(), ids=BOTH)
 OPTIONS = {"mask": Band(right=0), "scale": 0.125}
 
 
 class Launcher:
-    """What Triton 3.6 has between a kernel and `launch`, its function in C."""
+    """What Triton has between a kernel and its function in C, in the order that the latter takes.
 
-    def __init__(self, launch):
-        self.launch = launch
+    Attributes:
+        launch: That function.
+        global_scratch_size: Bytes that each program wants.
+    """
+
+    def __init__(self, launch, global_scratch_size=0):
+        self.launch, self.global_scratch_size = launch, global_scratch_size
+
+    def scratch(self, n_programs, stream):
+        size = n_programs * self.global_scratch_size
+        return triton.runtime._allocation._allocator.get()(size, 128, stream) if size else None
+
+
+class Flat(Launcher):
+    """As in Triton 3.6."""
 
     def __call__(self, x, y, z, stream, function, *rest):
-        self.launch(x, y, z, stream, function, False, False, None, None, *rest)
+        scratch = self.scratch(x, stream)
+        self.launch(x, y, z, stream, function, False, False, scratch, None, *rest)
 
 
-class Compiled(NamedTuple):
-    """What Triton compiled."""
+class Compiled:
+    """What Triton compiled, as all its versions from 3.6 have it."""
 
-    run: Launcher
-    function: str = "function"
-    packed_metadata: str = "metadata"
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, run=None):
+        self.ran = []
+        self.run = run or (lambda *arguments: self.ran.append(arguments))
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.ran.append((grid, *arguments))
 
 
 class Launched(NamedTuple):
@@ -99,7 +120,7 @@ def bias(*shape, dtype=torch.float32):
 
 
 # What makes new tensors for a call, and the engines that serve it.
-TERMS = {
+TERMS_OF_BOTH = {
     "slopes": lambda: {"slopes": torch.randn(4)},
     "a table": table,
     "a table in half": lambda: table(dtype=torch.bfloat16),
@@ -116,11 +137,11 @@ TERMS_OF_PORTABLE = {
     "keys of every query": lambda: {"bias": torch.randn(2, 1, 1, 333).expand(2, 4, 300, 333)},
     "dropout": lambda: {"dropout": 0.1, "seed": torch.tensor([1])},
 }
-BOTH = {"hopper": hopper, "triton": portable}
 CASES = [
-    *[(engine, name) for engine in BOTH for name in TERMS],
+    *[(engine, name) for engine in BOTH for name in TERMS_OF_BOTH],
     *[("triton", name) for name in TERMS_OF_PORTABLE],
 ]
+TERMS = TERMS_OF_BOTH | TERMS_OF_PORTABLE
 
 
 def check_moved(again, anew, moved):

@@ -441,9 +441,9 @@ def joint_kernel(
         sums = ring(1, C.BM, C.D, 1, 1, gl.float32)
         keys_read = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
         mbarrier.init(keys_read.index(0), count=1)
-    # The same tiles of dQ, once more full when they have been added.
     marks = learnt.marks(DBIAS, ENDS, dtype, C) if DQ is not None else ()
     near = near_first, near_end, near_rows
+    # The same tiles of dQ, once more full when they have been added.
     counts, added = (), ()
     if COUNTS is not None:
         counts, added = (COUNTS,), again(sums, 1)
